@@ -1,0 +1,239 @@
+"""`Checkpointer`: saving from a training loop, in the foreground or in the background.
+
+Both ways take the same road (`save.write_rank`, then `save.commit`); in the background a thread walks it over a copy of
+the tensors. Collectives are only ever called from the caller's thread: at the start of a save and in `wait`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+
+from megatron_llm import __version__
+from megatron_llm.checkpoint.entries import Entry
+from megatron_llm.checkpoint.exchange import agree, attempt, share_json
+from megatron_llm.checkpoint.manifest import Manifest, plain_json
+from megatron_llm.checkpoint.retention import Retention, apply_retention, complete_checkpoints
+from megatron_llm.checkpoint.save import Attempt, Commit, abandon, commit, prepare, write_rank
+from megatron_llm.parallel.groups import ParallelGroups
+from megatron_llm.utils.errors import UserError
+
+_VISIBILITY_SECONDS = 60.0  # how long a file that another machine has written may take to appear on a shared file system
+_ALIGNMENT = 64
+
+
+class _Staging:
+    """One block of host memory that owned tensors are copied to; kept between saves, page-locked when they lie on a GPU."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The owned entries with their tensors replaced by copies that stay as they are until the next call."""
+        owned = [entry for entry in entries if entry.owned and entry.tensor.numel()]
+        sizes = [-(-entry.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for entry in owned]
+        on_gpu = any(entry.tensor.is_cuda for entry in owned)
+        if self._memory.numel() < sum(sizes):
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
+        copies, offset = [], 0
+        for entry, size in zip(owned, sizes, strict=True):
+            block = self._memory.narrow(0, offset, entry.tensor.nbytes)
+            target = block.view(entry.tensor.dtype).view(entry.shape)
+            target.copy_(entry.tensor.detach(), non_blocking=True)
+            copies.append(replace(entry, tensor=target))
+            offset += size
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+
+class _Job:
+    """One save of this rank: its write, on rank 0 then the commit, and the error of each."""
+
+    def __init__(self, task: Attempt, rank: int, entries: Sequence[Entry], seal: Callable[["_Job"], None] | None) -> None:
+        self.task = task
+        self.cancel = Event()
+        self.deadline: float | None = None
+        self.write_error: Exception | None = None
+        self.seal_error: Exception | None = None
+        self._written = Event()
+        self._write = lambda: write_rank(task, rank, entries)
+        self._seal = seal
+        self._thread: Thread | None = None
+
+    def write(self) -> None:
+        """Write this rank's file; the error is kept."""
+        _, self.write_error = attempt(self._write)
+        self._written.set()
+
+    def seal(self) -> None:
+        """Rank 0: commit; the error is kept. Nothing on the other ranks."""
+        seal = self._seal
+        if seal is not None:
+            _, self.seal_error = attempt(lambda: seal(self))
+
+    def start(self) -> None:
+        """Do both on a thread. It does not keep a dying process alive: what it leaves is only a `.tmp`."""
+        self._thread = Thread(target=self._run, name=f"save-step-{self.task.step}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.write()
+        if self.write_error is None:
+            self.seal()
+
+    def join_write(self) -> None:
+        """Wait for this rank's write."""
+        self._written.wait()
+
+    def join_seal(self) -> None:
+        """All ranks have written: wait for the commit, or do it here when there is no thread."""
+        self.deadline = time.monotonic() + _VISIBILITY_SECONDS
+        if self._thread is None:
+            self.seal()
+        else:
+            self._thread.join()
+
+    def stop(self) -> None:
+        """A rank failed: end the commit and remove what was written."""
+        self.cancel.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._seal is not None:
+            abandon(self.task)
+
+    def timed_out(self) -> bool:
+        """Whether a file that was reported as written has not appeared in time."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+class Checkpointer:
+    """Saves checkpoints of one run under `root` and removes those its retention policy does not keep.
+
+    With `async_save` a save returns when the owned tensors are copied to host memory; its outcome, good or bad, is told
+    by the next `save` or `wait` on all ranks alike. All methods are collective over `groups.world`. Call `wait` before
+    leaving. `report` receives one line for each checkpoint removed (rank 0).
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        groups: ParallelGroups,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        keep_best: bool = True,
+        async_save: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self._groups = groups
+        self._retention = Retention(keep_last, keep_every, keep_best)
+        self._async = async_save
+        self._report = report
+        self._staging = _Staging()
+        self._job: _Job | None = None
+        self._known: dict[Path, Manifest] = {}
+        self._sequence: int | None = None
+
+    def save(
+        self,
+        step: int,
+        entries: Sequence[Entry],
+        state: Mapping[str, Any],
+        validation_loss: float | None = None,
+        tokenizer_folder: Path | str | None = None,
+    ) -> Path:
+        """Save `entries` of every rank and rank 0's `state` as step `step`; returns the checkpoint's folder.
+
+        `state` is plain JSON. The keys `config` (the RunConfig as a dictionary) and `tokenizer_fingerprint` also fill
+        the manifest's family, vocabulary size and fingerprint. `tokenizer_folder` (or file) is copied into the checkpoint.
+        UserError on every rank when any rank cannot write; what was saved before is then untouched. With `async_save`
+        that error may be about the save before this one, which then has not begun.
+        """
+        self.wait()
+        task, seal = self._begin(step, state, validation_loss, tokenizer_folder)
+        if self._async:
+            entries = self._staging.copy(entries)
+        self._job = _Job(task, self._groups.world.rank, entries, seal)
+        if self._async:
+            self._job.start()
+        else:
+            self._job.write()
+            self.wait()
+        return task.final
+
+    def wait(self) -> None:
+        """Wait until the save under way is complete on the disk; UserError on every rank when it failed."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        doing = f"saving step {job.task.step}"
+        job.join_write()
+        try:
+            agree(job.write_error, doing, self._groups)
+        except Exception:
+            job.stop()
+            raise
+        job.join_seal()
+        agree(job.seal_error, doing, self._groups)
+
+    def _begin(
+        self, step: int, state: Mapping[str, Any], validation_loss: float | None, tokenizer: Path | str | None
+    ) -> tuple[Attempt, Callable[[_Job], None] | None]:
+        """Rank 0 makes the temporary folder and the manifest's head; every rank learns the attempt, or that it failed."""
+
+        def begin() -> Commit:
+            if tokenizer is not None and not Path(tokenizer).exists():
+                raise UserError(f"the tokenizer {tokenizer} to be saved with the checkpoint does not exist")
+            head = self._head(step, state, validation_loss)
+            return Commit(prepare(self.root, step), self._groups.world.size, head, Path(tokenizer) if tokenizer is not None else None)
+
+        task, error = attempt(begin) if self._groups.world.rank == 0 else (None, None)
+        agree(error, f"preparing to save step {step}", self._groups)
+        shared = Attempt(self.root, step, share_json(task.attempt.id if task else None, self._groups))
+        return shared, self._sealing(task) if task else None
+
+    def _head(self, step: int, state: Mapping[str, Any], validation_loss: float | None) -> Manifest:
+        config = state.get("config", {}).get("model", {})
+        return Manifest(
+            step=step,
+            sequence=0,
+            tensors={},
+            files={},
+            state=plain_json(state),
+            layout=self._groups.grid.axes,
+            family=config.get("model"),
+            vocab_size=config.get("vocab_size"),
+            tokenizer_fingerprint=state.get("tokenizer_fingerprint"),
+            validation_loss=validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
+            versions={"megatron_llm": __version__, "torch": torch.__version__},
+        )
+
+    def _sealing(self, task: Commit) -> Callable[[_Job], None]:
+        """What rank 0 does after its write: number and commit the checkpoint, then retention."""
+
+        def seal(job: _Job) -> None:
+            if self._sequence is None:
+                self._known = complete_checkpoints(self.root)
+                self._sequence = max((manifest.sequence for manifest in self._known.values()), default=0)
+            self._sequence += 1
+            manifest = commit(replace(task, head=replace(task.head, sequence=self._sequence)), job.cancel, job.timed_out)
+            self._known[job.task.final] = manifest
+            self._prune(job.task.step)
+
+        return seal
+
+    def _prune(self, step: int) -> None:
+        try:
+            removed = apply_retention(self.root, self._retention, self._known)
+        except OSError as error:
+            raise UserError(f"step {step} is saved, but an older checkpoint cannot be removed: {error}") from error
+        for path in removed:
+            if self._report is not None:
+                self._report(f"removed checkpoint {path.name}: not among those to keep")

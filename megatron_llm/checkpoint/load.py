@@ -1,0 +1,133 @@
+"""Reading a checkpoint into any layout: each wanted rectangle is put together from the chunks it overlaps.
+
+Only the overlapping parts are read (files are memory-mapped by the safetensors library). Keys, shapes and dtypes are
+compared before the first byte is copied, and all differences are shown at once, on every rank.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_llm.checkpoint.entries import Entry, overlap
+from megatron_llm.checkpoint.exchange import agree, attempt, gather_json
+from megatron_llm.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
+from megatron_llm.checkpoint.tensor_file import dtype_from_name, dtype_name
+from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
+from megatron_llm.utils.errors import UserError
+
+_OPEN_FILES = 64
+_SHOWN = 10
+
+
+class CheckpointReader:
+    """Random access to the tensors of one checkpoint, by key and global coordinates. A context manager."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all files."""
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+
+    def read(self, key: str) -> Tensor:
+        """The whole global tensor of a key, on the CPU, in the dtype it was saved in."""
+        record = self.manifest.tensors[key]
+        tensor = torch.empty(record.shape, dtype=dtype_from_name(record.dtype))
+        self.copy_into(key, (0,) * len(record.shape), tensor)
+        return tensor
+
+    @torch.no_grad()
+    def copy_into(self, key: str, start: Sequence[int], target: Tensor) -> None:
+        """Fill `target`, a view of any device, strides and dtype, with the rectangle of its shape that begins at `start`."""
+        copied = 0
+        for chunk in self.manifest.tensors[key].chunks:
+            shared = overlap(start, target.shape, chunk.start, chunk.shape)
+            if shared is None:
+                continue
+            at, shape = shared
+            inside = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, chunk.start, shape, strict=True))
+            place = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, start, shape, strict=True))
+            target[place].copy_(self._file(chunk.file).get_slice(chunk.name)[inside])
+            copied += math.prod(shape)
+        if copied != target.numel():
+            raise DamagedCheckpoint(f"{self.path}: {key} has {copied} of the {target.numel()} elements asked for")
+
+    def _file(self, name: str) -> Any:
+        if name in self._open:
+            self._open.move_to_end(name)
+        else:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].__exit__(None, None, None)
+            self._open[name] = safe_open(self.path / name, framework="pt").__enter__()
+        return self._open[name]
+
+
+def load_state(path: Path | str) -> dict[str, Any]:
+    """The `state` a checkpoint was saved with; DamagedCheckpoint when its manifest is not whole."""
+    return dict(read_manifest(Path(path)).state)
+
+
+def load_entries(
+    path: Path | str,
+    entries: Iterable[Entry],
+    groups: ParallelGroups | None = None,
+    *,
+    cast: bool = False,
+    complete: Sequence[str] = (),
+) -> None:
+    """Fill the entries' tensors, in place, from a checkpoint saved under any layout. Collective over `groups.world`.
+
+    UserError on every rank, before anything is copied, when any rank wants a key that the checkpoint lacks or has in
+    another shape or dtype. `cast=True` converts dtypes instead. `complete` names prefixes of keys ("" is all) of which
+    the ranks together must load every element that the checkpoint has, so that nothing saved is silently left behind.
+    """
+    path = Path(path)
+    groups = groups or single_process_groups()
+    entries = [entry for entry in entries if entry.tensor.numel()]
+    reader, error = attempt(lambda: CheckpointReader(path))
+    agree(error, f"opening {path}", groups)
+    assert reader is not None
+    with reader:
+        problems = [problem for entry in entries if (problem := _mismatch(entry, reader.manifest, cast))]
+        gathered = gather_json([problems, sorted({entry.key for entry in entries}) if complete else []], groups)
+        _raise_problems(path, gathered, reader.manifest, complete)
+        _, error = attempt(lambda: [reader.copy_into(entry.key, entry.start, entry.tensor) for entry in entries])
+        agree(error, f"reading {path}", groups)
+
+
+def _mismatch(entry: Entry, manifest: Manifest, cast: bool) -> str | None:
+    record = manifest.tensors.get(entry.key)
+    if record is None:
+        return f"{entry.key} is not in the checkpoint"
+    if record.shape != entry.global_shape:
+        return f"{entry.key} has shape {list(record.shape)} in the checkpoint, {list(entry.global_shape)} here"
+    if not cast and record.dtype != dtype_name(entry.tensor.dtype):
+        return f"{entry.key} is {record.dtype} in the checkpoint, {dtype_name(entry.tensor.dtype)} here"
+    return None
+
+
+def _raise_problems(path: Path, gathered: Sequence[Any], manifest: Manifest, complete: Sequence[str]) -> None:
+    """One UserError, the same on every rank, that lists what does not fit."""
+    problems: Mapping[str, None] = dict.fromkeys(problem for problems, _ in gathered for problem in problems)
+    wanted = {key for _, keys in gathered for key in keys}
+    unused = [key for key in manifest.tensors if key not in wanted and any(key.startswith(prefix) for prefix in complete)]
+    lines = [*problems, *(f"{key} is in the checkpoint but has no place in this model" for key in unused)]
+    if lines:
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise UserError(f"{path} does not fit this model: {'; '.join(lines[:_SHOWN])}{more}")

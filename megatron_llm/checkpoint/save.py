@@ -1,0 +1,234 @@
+"""The two halves of a save: each rank writes its file, then rank 0 seals the folder and renames it.
+
+The ranks meet through the folder, not through collectives, so both halves also run on background threads:
+
+    rank 0   makes step_N.tmp, before anybody writes                          (`prepare`)
+    rank r   writes rank_r.safetensors, then rank_r.json with its digest      (`write_rank`)
+    rank 0   waits for every rank_r.json, checks that each tensor is covered exactly once, copies the tokenizer,
+             writes the manifest, flushes the folder, renames it to step_N, then moves `latest`     (`commit`)
+
+Every file is flushed to the disk before the name that vouches for it appears. A crash at any instant leaves step_N.tmp,
+which is never loaded, or step_N whole. `rank_r.json` carries the attempt's random id, so what an earlier, killed save
+left behind cannot be mistaken for this one's.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from megatron_llm.checkpoint.durable import move_folder, remove_folder, replace_file, write_aside, write_durably
+from megatron_llm.checkpoint.entries import Entry
+from megatron_llm.checkpoint.manifest import (
+    LATEST,
+    REPLACED,
+    TEMPORARY,
+    TOKENIZER,
+    Chunk,
+    Manifest,
+    TensorRecord,
+    step_name,
+    write_manifest,
+)
+from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, TensorSpec, dtype_name, seal_file
+from megatron_llm.utils.atomic import fsync_dir
+from megatron_llm.utils.errors import UserError
+
+_POLL_SECONDS = 0.05
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One save: the root folder, the step, and a random id that tells this attempt's files from a former one's."""
+
+    root: Path
+    step: int
+    id: str
+
+    @property
+    def temporary(self) -> Path:
+        """The folder while the save is under way."""
+        return self.root / (step_name(self.step) + TEMPORARY)
+
+    @property
+    def final(self) -> Path:
+        """The folder once the checkpoint is complete."""
+        return self.root / step_name(self.step)
+
+
+def prepare(root: Path, step: int) -> Attempt:
+    """Rank 0: make an empty temporary folder. UserError when the root cannot be written."""
+    attempt = Attempt(root, step, secrets.token_hex(8))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if attempt.temporary.exists():
+            remove_folder(attempt.temporary)
+        attempt.temporary.mkdir()
+    except OSError as error:
+        raise UserError(save_error(attempt, error)) from error
+    return attempt
+
+
+def save_error(attempt: Attempt, error: OSError) -> str:
+    """The sentence for a save that the file system refused."""
+    if error.errno in _DISK_FULL:
+        existing = next(folder for folder in (attempt.root, *attempt.root.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        return (
+            f"no space left to save step {attempt.step} in {attempt.root} ({free / 1e9:.1f} GB free): "
+            "nothing of it was kept and earlier checkpoints are untouched; free space, lower --keep-last or change --save"
+        )
+    return f"cannot save step {attempt.step} in {attempt.root}: {error.strerror or error} ({error.filename or attempt.temporary})"
+
+
+def write_rank(attempt: Attempt, rank: int, entries: Sequence[Entry]) -> None:
+    """Write this rank's owned entries and the record that vouches for them; UserError when the file system refuses."""
+    try:
+        _write_rank(attempt, rank, [entry for entry in entries if entry.owned and entry.tensor.numel()])
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not attempt.temporary.exists():
+            raise UserError(
+                f"{attempt.temporary}, made by rank 0, does not exist here: --save must be a folder that all machines share"
+            ) from error
+        raise UserError(save_error(attempt, error)) from error
+
+
+def _write_rank(attempt: Attempt, rank: int, entries: Sequence[Entry]) -> None:
+    name = f"rank_{rank:05d}.safetensors"
+    # Widest dtypes first, so that every tensor lies at a multiple of its element size.
+    ordered = sorted(entries, key=lambda entry: -entry.tensor.dtype.itemsize)
+    specs = [TensorSpec(_name_in_file(entry), entry.tensor.dtype, entry.shape) for entry in ordered]
+    tensors: dict[str, dict[str, Any]] = {}
+    seals: dict[str, dict[str, Any]] = {}
+    if ordered:
+        with TensorFileWriter(attempt.temporary / name, specs, {"format": "pt"}) as writer:
+            for entry, spec in zip(ordered, specs, strict=True):
+                writer.write(spec.name, entry.tensor)
+                kind = {"dtype": dtype_name(entry.tensor.dtype), "shape": list(entry.global_shape)}
+                record = tensors.setdefault(entry.key, {**kind, "chunks": []})
+                if record | kind != record:
+                    raise ValueError(f"{entry.key} is given as {kind} and as {record['dtype']} {record['shape']}")
+                record["chunks"].append([name, spec.name, list(entry.start), list(entry.shape)])
+            seal = writer.close()
+        seals[name] = {"size": seal.size, "sha256": seal.sha256}
+    record_data = {"attempt": attempt.id, "files": seals, "tensors": tensors}
+    write_durably(_record_path(attempt, rank), json.dumps(record_data).encode())
+
+
+def _name_in_file(entry: Entry) -> str:
+    """The key itself for a whole tensor, so that the file reads like any safetensors file; otherwise key and start."""
+    return entry.key if entry.shape == entry.global_shape else f"{entry.key}@{','.join(map(str, entry.start))}"
+
+
+def _record_path(attempt: Attempt, rank: int) -> Path:
+    return attempt.temporary / f"rank_{rank:05d}.json"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What rank 0 needs to seal a save. `head` is the manifest without tensors and files."""
+
+    attempt: Attempt
+    world_size: int
+    head: Manifest
+    tokenizer: Path | None = None
+
+
+def commit(task: Commit, cancel: Event, give_up: Callable[[], bool]) -> Manifest:
+    """Seal and rename the folder, move `latest`; returns the manifest. Rank 0 only, on any thread.
+
+    `cancel` stops the waiting for the other ranks; so does `give_up`, asked while a record is missing. On any failure
+    the temporary folder is removed and what was there before is as it was.
+    """
+    attempt = task.attempt
+    try:
+        records = [_await_record(attempt, rank, cancel, give_up) for rank in range(task.world_size)]
+        manifest = replace(task.head, **_merge(records), saved_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        if task.tokenizer is not None:
+            manifest = replace(manifest, files={**manifest.files, **_copy_tokenizer(task.tokenizer, attempt.temporary)})
+        for rank in range(task.world_size):
+            _record_path(attempt, rank).unlink()
+        write_manifest(attempt.temporary, Manifest.from_json(manifest.to_json()))
+        fsync_dir(attempt.temporary)
+        _install(attempt)
+    except OSError as error:
+        abandon(attempt)
+        raise UserError(save_error(attempt, error)) from error
+    except BaseException:
+        abandon(attempt)
+        raise
+    return manifest
+
+
+def abandon(attempt: Attempt) -> None:
+    """Remove what an unfinished attempt wrote; nothing when it is gone already."""
+    if attempt.temporary.exists():
+        remove_folder(attempt.temporary)
+
+
+def _await_record(attempt: Attempt, rank: int, cancel: Event, give_up: Callable[[], bool]) -> dict[str, Any]:
+    path = _record_path(attempt, rank)
+    while True:
+        asked_to_stop = cancel.is_set() or give_up()  # asked before the last look, so that a late file still counts
+        if path.exists():
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            if record["attempt"] == attempt.id:
+                return record
+        if asked_to_stop:
+            raise UserError(f"step {attempt.step} is not saved: the file of rank {rank} did not appear in {attempt.temporary}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`tensors` and `files` of the manifest from every rank's record; ValueError when ranks disagree about a tensor."""
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    files: dict[str, FileSeal] = {}
+    for rank, record in enumerate(records):
+        files.update({name: FileSeal(**seal) for name, seal in record["files"].items()})
+        for key, tensor in record["tensors"].items():
+            kind = (tensor["dtype"], tuple(tensor["shape"]))
+            if kinds.setdefault(key, kind) != kind:
+                raise ValueError(f"rank {rank} holds {key} as {kind}, a rank before it as {kinds[key]}")
+            chunks.setdefault(key, []).extend(Chunk(file, name, tuple(at), tuple(n)) for file, name, at, n in tensor["chunks"])
+    tensors = {key: TensorRecord(dtype, shape, tuple(chunks[key])) for key, (dtype, shape) in kinds.items()}
+    return {"tensors": tensors, "files": files}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> dict[str, FileSeal]:
+    """Copy a tokenizer's file, or the files of its folder, into the checkpoint; returns their names and seals."""
+    target = folder / TOKENIZER
+    target.mkdir()
+    seals = {}
+    for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+            with open(target / path.name, "rb") as file:
+                os.fsync(file.fileno())
+            seals[f"{TOKENIZER}/{path.name}"] = seal_file(target / path.name)
+    fsync_dir(target)
+    return seals
+
+
+def _install(attempt: Attempt) -> None:
+    """Give the finished folder its name, then point `latest` at it."""
+    latest = attempt.root / LATEST
+    aside = write_aside(latest, f"{attempt.final.name}\n".encode())  # whatever needs space comes before the renames
+    replaced = attempt.root / (step_name(attempt.step) + REPLACED)
+    if attempt.final.exists():  # the step was saved before: keep the old one until the new one has the name
+        if replaced.exists():
+            remove_folder(replaced)
+        move_folder(attempt.final, replaced)
+    move_folder(attempt.temporary, attempt.final)
+    if replaced.exists():
+        remove_folder(replaced)
+    replace_file(aside, latest)

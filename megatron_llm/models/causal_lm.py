@@ -1,0 +1,216 @@
+"""The one decoder: a causal language model cut into pipeline chunks.
+
+A `ModelChunk` holds a run of layers, with the embedding if it is the first and the final norm, output layer and loss
+if it is the last. Its parameters' names are the global logical names, whatever the layout, so two chunks on different
+ranks never clash. With one stage the single chunk is the whole model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_llm.config.schema import ModelConfig
+from megatron_llm.kernels.dispatch import Kernels
+from megatron_llm.models.blocks.block import Block
+from megatron_llm.models.blocks.context import BuildContext, ForwardContext, KVCache
+from megatron_llm.models.blocks.norm import Norm
+from megatron_llm.models.family import Family
+from megatron_llm.models.inputs import MicroBatch
+from megatron_llm.parallel.collectives import sequence_slice
+from megatron_llm.parallel.groups import ParallelGroups
+from megatron_llm.parallel.layers import (
+    ParallelContext,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    replicated_parameter,
+    vocabulary_parameter,
+)
+from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
+from megatron_llm.parallel.random import Dropout
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is built and run, apart from its architecture."""
+
+    seed: int
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+
+
+class Embedding(nn.Module):
+    """Token embeddings, plus learned positions where the family has them. [B, S] ids to [S or S/tp, B, H]."""
+
+    def __init__(self, build: BuildContext, family: Family, config: ModelConfig, *, tied_across_stages: bool) -> None:
+        super().__init__()
+        assert config.vocab_size is not None and config.max_position_embeddings is not None, "the model configuration must be resolved"
+        ctx, std = build.parallel, config.init_method_std
+        self.tp, self.shards_sequence = ctx.tp, ctx.shards_sequence
+        self.word = VocabParallelEmbedding(ctx, "embedding.word", config.vocab_size, config.hidden_size, std, tied=tied_across_stages)
+        self.position: nn.ParameterDict | None = None
+        if family.positions == "learned":
+            shape = (config.max_position_embeddings, config.hidden_size)
+            self.position = nn.ParameterDict({"weight": replicated_parameter(ctx, "embedding.position.weight", shape, std=std)})
+        self.dropout = Dropout(config.hidden_dropout, -1, "embedding", ctx.tp, sharded=ctx.shards_sequence)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """Sum of token and position embeddings."""
+        hidden: Tensor = self.word(tokens.t())
+        if self.position is not None:
+            positions = sequence_slice(position_ids.t(), self.tp) if self.shards_sequence else position_ids.t()
+            hidden = hidden + F.embedding(positions, self.position["weight"])
+        return self.dropout(hidden, ctx.dropout)
+
+
+class ModelChunk(nn.Module):
+    """Layers `layers` of a model, with the embedding when `first` and the head and loss when `last`."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: ModelConfig,
+        groups: ParallelGroups,
+        kernels: Kernels,
+        options: ModelOptions,
+        layers: range,
+        *,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the model configuration must be resolved"
+        ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed)
+        build = BuildContext(ctx, kernels, recompute_attention=options.recompute == "selective")
+        tied, whole = bool(config.tie_word_embeddings), first and last
+        self.config, self.family, self.tp, self.options = config, family, groups.tp, options
+        self.embedding = Embedding(build, family, config, tied_across_stages=tied and not whole) if first else None
+        self.layers = nn.ModuleDict({str(layer): Block(build, family, config, layer) for layer in layers})
+        if options.compile:
+            for block in self.layers.values():
+                block.compile()
+        self.final_norm: Norm | None = None
+        self.head: VocabParallelHead | None = None
+        if last:
+            self.final_norm = Norm(build, "final_norm", family.norm, config.hidden_size, config.norm_epsilon)
+            self.head = VocabParallelHead(ctx, self._head_weight(ctx, tied=tied), config.vocab_size)
+        self.add_rotary(groups.device)
+
+    def _head_weight(self, ctx: ParallelContext, *, tied: bool) -> nn.Parameter:
+        if tied and self.embedding is not None:
+            return self.embedding.word.weight
+        name = "embedding.word.weight" if tied else "head.weight"
+        vocab_size, hidden, std = self.config.vocab_size, self.config.hidden_size, self.config.init_method_std
+        assert vocab_size is not None
+        return vocabulary_parameter(ctx, name, vocab_size, hidden, std, tied=tied, tied_copy=tied)
+
+    def add_rotary(self, device: torch.device) -> None:
+        """Inverse frequencies [D / 2] of the rotary embedding, in fp32 whatever the model's precision."""
+        self.inverse_frequency: Tensor | None = None
+        if self.family.positions == "rotary":
+            assert self.config.kv_channels is not None
+            channels = torch.arange(0, self.config.kv_channels, 2, dtype=torch.int64).float()
+            self.inverse_frequency = (1.0 / self.config.rotary_base ** (channels / self.config.kv_channels)).to(device)
+
+    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None) -> Tensor:
+        """Hidden states [S or S/tp, B, H] for the next chunk; from the last chunk the weighted loss sum (a scalar)."""
+        batch = micro_batch.batch
+        ctx = self._forward_context(batch.position_ids, batch.document_ids, micro_batch)
+        hidden = self._run_layers(self._embed(batch.tokens, batch.position_ids, hidden, ctx), ctx)
+        if self.head is None:
+            return hidden
+        losses = self._token_losses(hidden, batch.labels)
+        return (losses * batch.loss_mask.t()).sum() * micro_batch.loss_weight
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[B, S] ids to fp32 logits [B, S, vocabulary] on a model of one chunk over one TP rank, continuing `cache`."""
+        assert self.embedding is not None and self.head is not None and self.tp.size == 1, "logits need the whole model on one rank"
+        past = cache.length if cache is not None else 0
+        length = tokens.shape[1]
+        positions = torch.arange(past, past + length, device=tokens.device).expand_as(tokens)
+        mask = None
+        if past:
+            mask = (torch.arange(past + length, device=tokens.device) <= positions[0].unsqueeze(-1))[None, None]
+        ctx = ForwardContext(self._rotary(positions), mask, None, cache)
+        hidden = self._run_layers(self._embed(tokens, positions, None, ctx), ctx)
+        if cache is not None:
+            cache.length = past + length
+        assert self.final_norm is not None
+        return self.head(self.final_norm(hidden))[..., : self.head.valid].transpose(0, 1).float()
+
+    def _forward_context(self, position_ids: Tensor, document_ids: Tensor | None, micro_batch: MicroBatch) -> ForwardContext:
+        mask = None
+        if document_ids is not None:
+            length = document_ids.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+            mask = (causal & (document_ids.unsqueeze(2) == document_ids.unsqueeze(1))).unsqueeze(1)
+        return ForwardContext(self._rotary(position_ids), mask, micro_batch.dropout if self.training else None)
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.inverse_frequency is None:
+            return None
+        angles = position_ids.t().float().unsqueeze(-1) * self.inverse_frequency
+        return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+    def _embed(self, tokens: Tensor, position_ids: Tensor, hidden: Tensor | None, ctx: ForwardContext) -> Tensor:
+        if self.embedding is not None:
+            return self.embedding(tokens, position_ids, ctx)
+        if hidden is None:
+            raise ValueError("a chunk without the embedding needs the hidden states of the chunk before it")
+        return hidden
+
+    def _run_layers(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        recompute = self.options.recompute == "full" and self.training and torch.is_grad_enabled()
+        for block in self.layers.values():
+            if recompute:
+                hidden = checkpoint(block, hidden, ctx, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden, ctx)
+        return hidden
+
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Loss of every token, [S, B] fp32."""
+        assert self.head is not None and self.final_norm is not None
+        logits = self.head(self.final_norm(hidden))
+        length, batch, columns = logits.shape
+        flat = vocab_parallel_cross_entropy(
+            logits.reshape(length * batch, columns), labels.t().reshape(-1), self.head.first, self.head.valid, self.tp
+        )
+        return flat.view(length, batch)
+
+
+def chunk_layers(num_layers: int, virtual_stages: int, stage: int) -> range:
+    """Layers of one virtual stage: equal runs in order; the number of stages must divide the number of layers."""
+    if num_layers % virtual_stages:
+        raise ValueError(f"{num_layers} layers do not divide into {virtual_stages} stages")
+    count = num_layers // virtual_stages
+    return range(stage * count, (stage + 1) * count)
+
+
+def build_chunks(
+    family: Family,
+    config: ModelConfig,
+    groups: ParallelGroups,
+    kernels: Kernels,
+    options: ModelOptions,
+    *,
+    virtual: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> list[ModelChunk]:
+    """This rank's chunks, in order: chunk c is virtual stage c x pp + pp rank."""
+    stages = groups.pp.size * virtual
+    chunks = []
+    for number in range(virtual):
+        stage = number * groups.pp.size + groups.pp.rank
+        layers = chunk_layers(config.num_layers, stages, stage)
+        if progress is not None:
+            progress(f"building layers {layers.start}-{layers.stop - 1}")
+        chunks.append(ModelChunk(family, config, groups, kernels, options, layers, first=stage == 0, last=stage == stages - 1))
+    return chunks

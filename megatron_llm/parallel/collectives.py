@@ -1,0 +1,100 @@
+"""Collectives that autograd can go through, in conjugate pairs (Shoeybi et al. 2019; Korthikanti et al. 2022).
+
+    forward                         backward
+    copy_to_group     identity      all-reduce        input of a column-parallel product
+    reduce_from_group all-reduce    identity          output of a row-parallel product
+    gather_sequence   all-gather    reduce-scatter    input of a column-parallel product under sequence parallelism
+    scatter_sequence  reduce-scatter all-gather       output of a row-parallel product under sequence parallelism
+
+All act on the first dimension (the sequence). Over a group of one rank each of them is the identity.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_llm.parallel.comm import all_gather_first_dim, all_reduce, reduce_scatter_first_dim
+from megatron_llm.parallel.groups import Group
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        all_reduce(grad, ctx.group)
+        return grad, None
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        all_reduce(total, group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather_first_dim(x.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_first_dim(grads[0].contiguous(), ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_first_dim(x.contiguous(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_first_dim(grads[0].contiguous(), ctx.group), None
+
+
+def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:
+    if group.size == 1:
+        return x
+    result: Tensor = function.apply(x, group)
+    return result
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Identity; the gradient is summed over the group."""
+    return _apply(_CopyToGroup, x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group; the gradient passes unchanged."""
+    return _apply(_ReduceFromGroup, x, group)
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """[S/n, ...] of each rank to [S, ...] on all; the gradient is summed over the group and scattered back."""
+    return _apply(_GatherSequence, x, group)
+
+
+def scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """Partial sums [S, ...] of each rank to this rank's [S/n, ...] of the total; the gradient is gathered."""
+    return _apply(_ScatterSequence, x, group)
+
+
+def sequence_slice(x: Tensor, group: Group) -> Tensor:
+    """This rank's [S/n, ...] of a tensor [S, ...] that every rank has and that needs no gradient (positions, masks)."""
+    if group.size == 1:
+        return x
+    length = x.shape[0] // group.size
+    return x.narrow(0, group.rank * length, length)

@@ -1,0 +1,182 @@
+"""Pipeline schedules as data: which stage runs, sends or receives what, in which order.
+
+A schedule is made in two steps. An *order* says for each pipeline rank in which order it runs the forward and backward
+of its model chunks; GPipe, 1F1B and interleaved 1F1B differ only in that. `weave` then adds the communication: it plays
+all ranks' orders at once, each step of equal length, and writes every transfer into the sender's and the receiver's
+list at the same moment. All lists are thus parts of one common sequence of events, so they cannot deadlock even where a
+send blocks until its receive is posted and where both directions between two ranks share one queue, as NCCL has it:
+the earliest event not yet done can always be done next. `simulator.py` checks this for every plan it is given.
+
+With `chunks` model chunks a rank, virtual stage s = chunk * stages + rank, so the chunks of one rank are spread over the
+depth of the model (Narayanan et al. 2021, arXiv:2104.04473). GPipe is Huang et al. 2019, arXiv:1811.06965; 1F1B without
+flushes between micro-batches of a step is the PipeDream-Flush of arXiv:2006.09503.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+from megatron_llm.utils.errors import UserError
+
+
+class ActionKind(StrEnum):
+    """What a pipeline rank does. A split backward (zero bubble) would add kinds here, and a line to the simulator's tables."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SEND_FORWARD = "send F"
+    RECV_FORWARD = "recv F"
+    SEND_BACKWARD = "send B"
+    RECV_BACKWARD = "recv B"
+
+
+class Action(NamedTuple):
+    """One entry of a rank's list. `chunk` is the rank's own model chunk, `peer` the other pipeline rank of a transfer (None: computes)."""
+
+    kind: ActionKind
+    chunk: int
+    micro: int
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.kind.value} of micro-batch {self.micro}, chunk {self.chunk}"
+        return where if self.peer is None else f"{where} ({'to' if self.kind.value.startswith('send') else 'from'} stage {self.peer})"
+
+
+class Place(NamedTuple):
+    """Where a virtual stage lives: pipeline rank and chunk on that rank."""
+
+    rank: int
+    chunk: int
+
+
+Plan = tuple[tuple[Action, ...], ...]
+Step = tuple[ActionKind, int, int]  # kind, chunk, micro
+FORWARD, BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
+
+
+def place_before(place: Place, stages: int) -> Place | None:
+    """The place of the previous virtual stage; None for the first."""
+    virtual = place.chunk * stages + place.rank
+    return Place((virtual - 1) % stages, (virtual - 1) // stages) if virtual > 0 else None
+
+
+def place_after(place: Place, stages: int, chunks: int) -> Place | None:
+    """The place of the next virtual stage; None for the last."""
+    virtual = place.chunk * stages + place.rank
+    return Place((virtual + 1) % stages, (virtual + 1) // stages) if virtual < stages * chunks - 1 else None
+
+
+def gpipe_order(rank: int, stages: int, micro_batches: int, chunks: int) -> list[Step]:
+    """All forwards, then all backwards: simplest, and keeps every micro-batch's activations."""
+    forwards = [(FORWARD, 0, micro) for micro in range(micro_batches)]
+    return forwards + [(BACKWARD, 0, micro) for micro in range(micro_batches)]
+
+
+def one_f_one_b_order(rank: int, stages: int, micro_batches: int, chunks: int) -> list[Step]:
+    """Warm up by one forward for each later stage, then alternate: at most `stages - rank` activations live."""
+    forwards = [(FORWARD, 0, micro) for micro in range(micro_batches)]
+    backwards = [(BACKWARD, 0, micro) for micro in range(micro_batches)]
+    return alternate(forwards, backwards, warmup=stages - rank - 1)
+
+
+def interleaved_order(rank: int, stages: int, micro_batches: int, chunks: int) -> list[Step]:
+    """1F1B over virtual stages: groups of `stages` micro-batches visit chunk after chunk, which shortens the bubble.
+
+    When `stages` does not divide the number of micro-batches the order is made for the next multiple and the steps of
+    micro-batches that do not exist are left out. What remains keeps its order, so it is as free of deadlock.
+    """
+    if chunks == 1:
+        return one_f_one_b_order(rank, stages, micro_batches, 1)
+    forwards, backwards = [], []
+    for first in range(0, micro_batches, stages):
+        group = range(first, first + stages)  # may run past the last micro-batch
+        forwards += [(FORWARD, chunk, micro) for chunk in range(chunks) for micro in group]
+        backwards += [(BACKWARD, chunk, micro) for chunk in reversed(range(chunks)) for micro in group]
+    steps = alternate(forwards, backwards, warmup=2 * (stages - rank - 1) + (chunks - 1) * stages)
+    return [step for step in steps if step[2] < micro_batches]
+
+
+def alternate(forwards: list[Step], backwards: list[Step], warmup: int) -> list[Step]:
+    """`warmup` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    warmup = min(warmup, len(forwards))
+    steps = forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        steps += [forward, backward]
+    return steps + backwards[len(forwards) - warmup :]
+
+
+ORDERS: dict[str, Callable[[int, int, int, int], list[Step]]] = {
+    "gpipe": gpipe_order,
+    "1f1b": one_f_one_b_order,
+    "interleaved": interleaved_order,
+}
+
+
+def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Plan:
+    """The action list of every pipeline rank; `name` is gpipe, 1f1b or interleaved. Raises UserError on a bad request.
+
+    Only interleaved takes more than one chunk a rank; with one it is 1f1b. Any number of micro-batches works, fewer than
+    stages too. Within a chunk both forwards and backwards go in ascending order of micro-batch, so gradients are added up
+    in the same order under every schedule.
+    """
+    if name not in ORDERS:
+        raise UserError(f"pipeline schedule {name!r} is not known: choose one of {', '.join(ORDERS)}")
+    if min(stages, micro_batches, chunks) < 1:
+        raise UserError(f"a pipeline needs at least 1 stage, micro-batch and chunk, got {stages}, {micro_batches} and {chunks}")
+    if chunks > 1 and name != "interleaved":
+        raise UserError(f"schedule {name} runs one model chunk a rank, got {chunks}: use interleaved, or no virtual stages")
+    orders = [ORDERS[name](rank, stages, micro_batches, chunks) for rank in range(stages)]
+    return weave(orders, chunks)
+
+
+def weave(orders: Sequence[Sequence[Step]], chunks: int) -> Plan:
+    """Add sends and receives to every rank's compute order. ValueError when the orders wait for each other forever."""
+    stages = len(orders)
+    plan: list[list[Action]] = [[] for _ in orders]
+    position = [0] * stages
+    done: set[tuple[ActionKind, int, int]] = set()  # kind, virtual stage, micro
+    last = stages * chunks - 1
+    while any(position[rank] < len(orders[rank]) for rank in range(stages)):
+        fired = []
+        for rank in range(stages):
+            if position[rank] == len(orders[rank]):
+                continue
+            kind, chunk, micro = orders[rank][position[rank]]
+            virtual = chunk * stages + rank
+            if kind is FORWARD:
+                ready = virtual == 0 or (FORWARD, virtual - 1, micro) in done
+            else:
+                ready = (BACKWARD, virtual + 1, micro) in done if virtual < last else (FORWARD, virtual, micro) in done
+            if ready:
+                fired.append((kind, Place(rank, chunk), micro))
+        if not fired:
+            waiting = [
+                f"stage {rank}: {Action(*order[position[rank]])}" for rank, order in enumerate(orders) if position[rank] < len(order)
+            ]
+            raise ValueError("the compute orders wait for each other: " + "; ".join(waiting))
+        for kind, place, micro in fired:
+            position[place.rank] += 1
+            done.add((kind, place.chunk * stages + place.rank, micro))
+            plan[place.rank].append(Action(kind, place.chunk, micro))
+        for kind, place, micro in fired:
+            add_transfer(plan, kind, place, micro, chunks)
+    return tuple(tuple(actions) for actions in plan)
+
+
+def add_transfer(plan: list[list[Action]], kind: ActionKind, place: Place, micro: int, chunks: int) -> None:
+    """Append the send of what `place` has just computed and the matching receive, unless the next chunk is on the same rank."""
+    stages = len(plan)
+    if kind is FORWARD:
+        target, send, receive = place_after(place, stages, chunks), ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
+    else:
+        target, send, receive = place_before(place, stages), ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
+    if target is not None and target.rank != place.rank:
+        plan[place.rank].append(Action(send, place.chunk, micro, target.rank))
+        plan[target.rank].append(Action(receive, target.chunk, micro, place.rank))
+
+
+def forward_part(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """One rank's list without its backward half, for evaluation. What is left keeps its order on all ranks alike."""
+    backward = (BACKWARD, ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD)
+    return tuple(action for action in actions if action.kind not in backward)

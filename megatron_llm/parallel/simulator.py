@@ -1,0 +1,238 @@
+"""Plays a pipeline plan without processes: proves that it is in order and cannot hang, and says what it costs.
+
+Three passes. `check_order` reads each rank's list alone: each action once, tensors received before they are used and sent
+after they are made. `check_transfers` plays all lists with the strictest transfers there are: a send or receive holds its
+whole rank until the peer stands at the matching entry, so both directions between two ranks share one ordered queue. A
+plan that passes cannot hang on NCCL or gloo, whose transfers wait for less. `time_plan` plays it as the executor
+runs it (transfers overlap with work) and measures.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_llm.parallel.schedules import Action, ActionKind, Place, Plan, place_after, place_before
+
+FORWARD, BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
+SEND_FORWARD, RECV_FORWARD = ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
+SEND_BACKWARD, RECV_BACKWARD = ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
+
+# Kinds that must come earlier in the same rank's list, for the same chunk and micro-batch (where the stage has them).
+NEEDS: dict[ActionKind, tuple[ActionKind, ...]] = {
+    FORWARD: (RECV_FORWARD,),
+    BACKWARD: (FORWARD, RECV_BACKWARD),
+    SEND_FORWARD: (FORWARD,),
+    SEND_BACKWARD: (BACKWARD,),
+    RECV_FORWARD: (),
+    RECV_BACKWARD: (),
+}
+MATCHING = {SEND_FORWARD: RECV_FORWARD, RECV_FORWARD: SEND_FORWARD, SEND_BACKWARD: RECV_BACKWARD, RECV_BACKWARD: SEND_BACKWARD}
+BACKWARD_HALF = (BACKWARD, SEND_BACKWARD, RECV_BACKWARD)
+
+
+class ScheduleError(ValueError):
+    """A plan that is out of order, incomplete or would hang."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Durations in ticks of one chunk's forward and backward and of one transfer; a backward is about two forwards."""
+
+    forward: float = 1.0
+    backward: float = 2.0
+    transfer: float = 0.0
+
+    def of(self, kind: ActionKind) -> float:
+        """Duration of a computing action."""
+        return self.forward if kind is FORWARD else self.backward
+
+
+@dataclass(frozen=True)
+class Span:
+    """A computing action on the time axis."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a plan costs.
+
+    ticks             time from the first to the last action over all ranks
+    busy              ticks each rank computes
+    peak_activations  most (chunk, micro-batch) activations alive at once on each rank: from their forward to their backward
+    peak_buffers      most tensors received and not yet used at once on each rank
+    spans             each rank's computing actions in time
+    """
+
+    ticks: float
+    busy: tuple[float, ...]
+    peak_activations: tuple[int, ...]
+    peak_buffers: tuple[int, ...]
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def bubble(self) -> float:
+        """Share of all ranks' time spent waiting, 0 to 1."""
+        return 1.0 - sum(self.busy) / (self.ticks * len(self.busy))
+
+
+def simulate(plan: Plan, micro_batches: int, chunks: int = 1, costs: Costs | None = None) -> Simulation:
+    """Check a plan and measure it; ScheduleError says which rank does what wrong. Plans without backwards are fine too."""
+    forward_only = all(action.kind not in BACKWARD_HALF for actions in plan for action in actions)
+    for rank in range(len(plan)):
+        check_order(plan, rank, micro_batches, chunks, forward_only)
+    check_transfers(plan)
+    ticks, spans = time_plan(plan, costs or Costs())
+    return Simulation(
+        ticks=ticks,
+        busy=tuple(sum(span.end - span.start for span in rank_spans) for rank_spans in spans),
+        peak_activations=tuple(peak(actions, {FORWARD: 1, BACKWARD: -1}) for actions in plan),
+        peak_buffers=tuple(peak_buffers(actions) for actions in plan),
+        spans=spans,
+    )
+
+
+def kinds_of(place: Place, stages: int, chunks: int) -> dict[ActionKind, int | None]:
+    """The kinds of action that a virtual stage has, with the peer of each: it exchanges nothing with its own rank."""
+    kinds: dict[ActionKind, int | None] = {FORWARD: None, BACKWARD: None}
+    before, after = place_before(place, stages), place_after(place, stages, chunks)
+    if before is not None and before.rank != place.rank:
+        kinds |= {RECV_FORWARD: before.rank, SEND_BACKWARD: before.rank}
+    if after is not None and after.rank != place.rank:
+        kinds |= {SEND_FORWARD: after.rank, RECV_BACKWARD: after.rank}
+    return kinds
+
+
+def check_order(plan: Plan, rank: int, micro_batches: int, chunks: int, forward_only: bool = False) -> None:
+    """Every action of one rank exactly once, after what it needs, with the right peer, micro-batches ascending."""
+    stages = len(plan)
+    exists = [kinds_of(Place(rank, chunk), stages, chunks) for chunk in range(chunks)]
+    following: dict[tuple[ActionKind, int], int] = defaultdict(int)  # next micro-batch of each kind and chunk
+    for action in plan[rank]:
+        kind, chunk, micro, peer = action
+        if not 0 <= chunk < chunks:
+            raise ScheduleError(f"stage {rank}: {action}: there are {chunks} chunks")
+        if micro != following[kind, chunk]:
+            raise ScheduleError(f"stage {rank}: {action}: expected micro-batch {following[kind, chunk]}, each once and in order")
+        if kind not in exists[chunk] or peer != exists[chunk][kind]:
+            raise ScheduleError(f"stage {rank}: {action}: this stage has no such transfer with that peer")
+        for need in NEEDS[kind]:
+            if need in exists[chunk] and following[need, chunk] <= micro:
+                raise ScheduleError(f"stage {rank}: {action} comes before '{need.value}', which it needs")
+        if stages == 1:
+            check_local_neighbour(action, following, chunks)
+        following[kind, chunk] += 1
+    for chunk in range(chunks):
+        for kind in exists[chunk]:
+            if following[kind, chunk] != micro_batches and not (forward_only and kind in BACKWARD_HALF):
+                raise ScheduleError(f"stage {rank}, chunk {chunk}: {following[kind, chunk]} of {micro_batches} '{kind.value}'")
+
+
+def check_local_neighbour(action: Action, following: dict[tuple[ActionKind, int], int], chunks: int) -> None:
+    """With one rank the neighbouring chunk is on the same rank and nothing is received; its computation must come first."""
+    chunk = action.chunk - 1 if action.kind is FORWARD else action.chunk + 1
+    if 0 <= chunk < chunks and following[action.kind, chunk] <= action.micro:
+        raise ScheduleError(f"stage 0: {action} comes before that of chunk {chunk}, which it needs")
+
+
+def check_transfers(plan: Plan) -> None:
+    """Play all lists with transfers that hold both ranks until they meet; ScheduleError when nobody can go on."""
+    queues = [[action for action in actions if action.peer is not None] for actions in plan]
+    position = [0] * len(plan)
+    todo = list(range(len(plan)))
+    while todo:
+        rank = todo.pop()
+        if position[rank] == len(queues[rank]):
+            continue
+        mine = queues[rank][position[rank]]
+        assert mine.peer is not None, "transfers have a peer"
+        if position[mine.peer] < len(queues[mine.peer]) and meet(rank, mine, queues[mine.peer][position[mine.peer]], len(plan)):
+            position[rank] += 1
+            position[mine.peer] += 1
+            todo += [rank, mine.peer]
+    stuck = [f"stage {rank} at {queue[position[rank]]}" for rank, queue in enumerate(queues) if position[rank] < len(queue)]
+    if stuck:
+        raise ScheduleError("deadlock: " + "; ".join(stuck))
+
+
+def meet(rank: int, mine: Action, theirs: Action, stages: int) -> bool:
+    """Whether two transfers at the heads of two ranks' lists are the two ends of one."""
+    if theirs.peer != rank or theirs.kind is not MATCHING[mine.kind] or theirs.micro != mine.micro:
+        return False
+    assert mine.peer is not None, "transfers have a peer"
+    step = 1 if mine.kind in (SEND_FORWARD, RECV_BACKWARD) else -1
+    return theirs.chunk * stages + mine.peer == mine.chunk * stages + rank + step
+
+
+@dataclass
+class Channel:
+    """The one ordered queue between two ranks: the n-th entry of one side meets the n-th of the other."""
+
+    posts: dict[int, list[tuple[float, Action]]] = field(default_factory=lambda: defaultdict(list))
+    finished: int = 0
+    free_at: float = 0.0
+
+    def post(self, rank: int, moment: float, action: Action, transfer: float) -> list[tuple[int, Action, float]]:
+        """Add one side's entry; the receives that this completes, as (rank, action, moment)."""
+        assert action.peer is not None, "transfers have a peer"
+        self.posts[rank].append((moment, action))
+        completed = []
+        while self.finished < min(len(self.posts[rank]), len(self.posts[action.peer])):
+            ends = [(side, *self.posts[side][self.finished]) for side in (rank, action.peer)]
+            self.free_at = max(self.free_at, *(posted for _, posted, _ in ends)) + transfer
+            self.finished += 1
+            completed += [(side, act, self.free_at) for side, _, act in ends if act.kind in (RECV_FORWARD, RECV_BACKWARD)]
+        return completed
+
+
+def time_plan(plan: Plan, costs: Costs) -> tuple[float, tuple[tuple[Span, ...], ...]]:
+    """Total ticks and each rank's spans when transfers are posted without waiting and a computation waits for its input."""
+    channels: dict[frozenset[int], Channel] = defaultdict(Channel)
+    arrivals: list[dict[tuple[ActionKind, int, int], float]] = [{} for _ in plan]
+    expected = [{(a.kind, a.chunk, a.micro) for a in actions if a.kind in (RECV_FORWARD, RECV_BACKWARD)} for actions in plan]
+    clocks, position = [0.0] * len(plan), [0] * len(plan)
+    spans: list[list[Span]] = [[] for _ in plan]
+    todo = list(range(len(plan)))
+    while todo:
+        rank = todo.pop()
+        while position[rank] < len(plan[rank]):
+            action = plan[rank][position[rank]]
+            if action.peer is None:
+                needed = (RECV_FORWARD if action.kind is FORWARD else RECV_BACKWARD, action.chunk, action.micro)
+                if needed in expected[rank] and needed not in arrivals[rank]:
+                    break
+                start = max(clocks[rank], arrivals[rank].get(needed, 0.0))
+                clocks[rank] = start + costs.of(action.kind)
+                spans[rank].append(Span(action, start, clocks[rank]))
+            else:
+                channel = channels[frozenset((rank, action.peer))]
+                for side, receive, moment in channel.post(rank, clocks[rank], action, costs.transfer):
+                    arrivals[side][receive.kind, receive.chunk, receive.micro] = moment
+                    todo.append(side)
+            position[rank] += 1
+    return max(clocks), tuple(tuple(rank_spans) for rank_spans in spans)
+
+
+def peak(actions: Sequence[Action], change: dict[ActionKind, int]) -> int:
+    """Largest running sum of the changes that the actions of a list make."""
+    now = most = 0
+    for action in actions:
+        now += change.get(action.kind, 0)
+        most = max(most, now)
+    return most
+
+
+def peak_buffers(actions: Sequence[Action]) -> int:
+    """Most tensors that are received (or have a receive posted) and not yet consumed at once."""
+    waiting: set[tuple[ActionKind, int, int]] = set()
+    most = 0
+    for kind, chunk, micro, _ in actions:
+        if kind in (RECV_FORWARD, RECV_BACKWARD):
+            waiting.add((kind, chunk, micro))
+            most = max(most, len(waiting))
+        elif kind in (FORWARD, BACKWARD):
+            waiting.discard((RECV_FORWARD if kind is FORWARD else RECV_BACKWARD, chunk, micro))
+    return most

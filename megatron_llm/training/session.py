@@ -1,0 +1,94 @@
+"""From how the process was started to its groups: rank, device, backend, threads.
+
+`torchrun` (or Slurm through it) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them the
+process is alone and needs no process group at all. This is the only module that reads the launcher's variables.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_llm.config.schema import ParallelConfig
+from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.groups import ParallelGroups, build_groups, single_process_groups
+from megatron_llm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which process of how many this is, over all machines and on this one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> "Launch":
+        """What the launcher set; UserError when it set only a part or something that is not a number."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = {name: environment[name] for name in names if name in environment}
+        if not given:
+            return Launch()
+        missing = [name for name in names[:3] if name not in given]
+        if missing:
+            raise UserError(f"{', '.join(given)} set but {', '.join(missing)} not: start with torchrun, or unset {', '.join(given)}")
+        try:
+            values = {name.lower(): int(value) for name, value in given.items()}
+        except ValueError as error:
+            raise UserError(f"the launcher's variables must be whole numbers, got {given}") from error
+        values.setdefault("local_world_size", values["world_size"])
+        return Launch(**values)
+
+
+def choose_device(parallel: ParallelConfig, launch: Launch) -> torch.device:
+    """The device of this process: its own GPU when there are GPUs and the configuration does not say cpu."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if parallel.device == "cpu" or (parallel.device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError("--device cuda was asked for but no GPU is usable here: check the driver, or use --device cpu")
+    if launch.local_rank >= available:
+        raise UserError(
+            f"{launch.local_world_size} processes were started on a machine with {available} GPUs: "
+            f"set GPUS_PER_NODE to {available}, or use --device cpu"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def choose_threads(configured: int | None, launch: Launch, cores: int) -> int:
+    """Torch threads of this process: what was asked for, else an equal share of the cores its machine has."""
+    return configured if configured is not None else max(1, cores // launch.local_world_size)
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device) -> Iterator[ParallelGroups]:
+    """The groups of this process for the block's duration.
+
+    Sets the GPU, initialises `torch.distributed` when there is more than one process, and takes it down again. On an
+    error the process group is left alone: taking it down would wait for ranks that may never come.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    grid = Grid.from_world(launch.world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if launch.world_size == 1:
+        yield single_process_groups(device)
+        return
+    backend = parallel.distributed_backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=parallel.distributed_timeout_seconds)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    yield build_groups(grid, device, timeout)
+    dist.destroy_process_group()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,185 @@
+"""Every pipeline plan up to 8 stages, 32 micro-batches and 4 chunks, proved by simulation; and broken plans are caught."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from megatron_llm.parallel.schedules import ORDERS, Action, ActionKind, Plan, forward_part, make_schedule, weave
+from megatron_llm.parallel.simulator import Costs, ScheduleError, simulate
+from megatron_llm.utils.errors import UserError
+
+F, B = ActionKind.FORWARD, ActionKind.BACKWARD
+SF, RF = ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
+SB, RB = ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
+EVERY_STAGES, EVERY_MICROS = range(1, 9), range(1, 33)
+
+
+def known_peak(name: str, stages: int, micro_batches: int, chunks: int, rank: int) -> int:
+    """The published bounds on live activations: all for GPipe, the warm-up and one more for the other two."""
+    if name == "gpipe":
+        return micro_batches
+    if chunks == 1:
+        return min(micro_batches, stages - rank)
+    return min(micro_batches * chunks, 2 * (stages - rank - 1) + (chunks - 1) * stages + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4)]
+)
+def test_every_plan_is_in_order_and_cannot_hang(name: str, chunks: int) -> None:
+    for stages in EVERY_STAGES:
+        for micro_batches in EVERY_MICROS:
+            plan = make_schedule(name, stages, micro_batches, chunks)
+            result = simulate(plan, micro_batches, chunks)  # raises when the plan is wrong
+
+            computed = 2 * stages * chunks * micro_batches
+            transfers = 4 * (stages * chunks - 1) * micro_batches if stages > 1 else 0  # forward and backward, two ends each
+            assert sum(len(actions) for actions in plan) == computed + transfers
+            even = micro_batches % stages == 0
+            for rank, peak in enumerate(result.peak_activations):
+                bound = known_peak(name, stages, micro_batches, chunks, rank)
+                assert peak == bound if even or chunks == 1 else peak <= bound, (stages, micro_batches, rank)
+
+            # Every rank works 3 ticks a micro-batch and chunk; filling and draining the pipe costs one chunk a stage.
+            ideal = 3 * (micro_batches * chunks + stages - 1)
+            assert result.busy == (3 * micro_batches * chunks,) * stages
+            if even or chunks == 1:
+                assert result.ticks == ideal, (stages, micro_batches)
+                assert result.bubble == pytest.approx((stages - 1) / (micro_batches * chunks + stages - 1))
+            else:
+                plain = 3 * chunks * (micro_batches + stages - 1)
+                assert ideal < result.ticks <= plain, "with micro-batches left over it is still no slower than 1F1B"
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved"])
+def test_the_forward_part_alone_is_a_plan_too(name: str) -> None:
+    chunks = 3 if name == "interleaved" else 1
+    for stages in (1, 2, 3, 8):
+        for micro_batches in (1, 2, 5, 8, 11):
+            plan = tuple(forward_part(actions) for actions in make_schedule(name, stages, micro_batches, chunks))
+            result = simulate(plan, micro_batches, chunks)
+            assert result.busy == (micro_batches * chunks,) * stages
+
+
+def test_a_small_1f1b_plan_reads_as_drawn_in_the_paper() -> None:
+    first, second = make_schedule("1f1b", 2, 3)
+    assert [(a.kind, a.micro) for a in first if a.peer is None] == [(F, 0), (F, 1), (B, 0), (F, 2), (B, 1), (B, 2)]
+    assert [(a.kind, a.micro) for a in second if a.peer is None] == [(F, 0), (B, 0), (F, 1), (B, 1), (F, 2), (B, 2)]
+    assert first[:2] == (Action(F, 0, 0), Action(SF, 0, 0, 1))
+    assert str(first[1]) == "send F of micro-batch 0, chunk 0 (to stage 1)"
+
+
+def test_transfers_that_take_time_make_the_plan_longer() -> None:
+    plan = make_schedule("1f1b", 4, 8)
+    quick, slow = simulate(plan, 8), simulate(plan, 8, costs=Costs(transfer=1.0))
+    assert slow.ticks > quick.ticks
+    assert slow.busy == quick.busy
+
+
+def first_index(plan: Plan, rank: int, kind: ActionKind) -> int:
+    return next(i for i, action in enumerate(plan[rank]) if action.kind is kind)
+
+
+def with_rank(plan: Plan, rank: int, actions: list[Action]) -> Plan:
+    return tuple(tuple(actions) if r == rank else plan[r] for r in range(len(plan)))
+
+
+def without(plan: Plan, rank: int, kind: ActionKind) -> Plan:
+    actions = list(plan[rank])
+    del actions[first_index(plan, rank, kind)]
+    return with_rank(plan, rank, actions)
+
+
+def twice(plan: Plan, rank: int, kind: ActionKind) -> Plan:
+    actions = list(plan[rank])
+    index = first_index(plan, rank, kind)
+    return with_rank(plan, rank, [*actions[: index + 1], *actions[index:]])
+
+
+def moved_first(plan: Plan, rank: int, kind: ActionKind) -> Plan:
+    actions = list(plan[rank])
+    action = actions.pop(first_index(plan, rank, kind))
+    return with_rank(plan, rank, [action, *actions])
+
+
+def changed(plan: Plan, rank: int, kind: ActionKind, change: Callable[[Action], Action]) -> Plan:
+    actions = list(plan[rank])
+    index = first_index(plan, rank, kind)
+    actions[index] = change(actions[index])
+    return with_rank(plan, rank, actions)
+
+
+def exchanged(plan: Plan, rank: int, first: ActionKind, second: ActionKind) -> Plan:
+    """The first place where `first` stands right before `second`, the other way round."""
+    actions = list(plan[rank])
+    index = next(i for i in range(len(actions) - 1) if actions[i].kind is first and actions[i + 1].kind is second)
+    actions[index], actions[index + 1] = actions[index + 1], actions[index]
+    return with_rank(plan, rank, actions)
+
+
+BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "missing-forward": (lambda p: without(p, 0, F), "stage 0: F of micro-batch 1, chunk 0: expected micro-batch 0"),
+    "missing-receive": (lambda p: without(p, 1, RF), "stage 1: F of micro-batch 0, chunk 0 comes before 'recv F'"),
+    "missing-send": (lambda p: without(p, 0, SF), "stage 0: send F of micro-batch 1.*expected micro-batch 0"),
+    "missing-last-send": (lambda p: with_rank(p, 2, list(p[2][:-1])), "stage 2, chunk 0: 3 of 4 'send B'"),
+    "forward-twice": (lambda p: twice(p, 1, F), "stage 1: F of micro-batch 0.*expected micro-batch 1"),
+    "send-twice": (lambda p: twice(p, 1, SB), "stage 1: send B of micro-batch 0.*expected micro-batch 1"),
+    "backward-before-forward": (lambda p: moved_first(p, 3, B), "stage 3: B of micro-batch 0, chunk 0 comes before 'F'"),
+    "send-before-forward": (lambda p: moved_first(p, 0, SF), "stage 0: send F of micro-batch 0.* comes before 'F'"),
+    "wrong-peer": (lambda p: changed(p, 0, SF, lambda a: a._replace(peer=2)), "stage 0: send F .*no such transfer with that peer"),
+    "wrong-chunk": (lambda p: changed(p, 0, F, lambda a: a._replace(chunk=1)), "there are 1 chunks"),
+    "send-from-the-last-stage": (lambda p: with_rank(p, 3, [*p[3], Action(SF, 0, 0, 0)]), "stage 3: send F.*no such transfer"),
+    "swapped-send-and-receive": (lambda p: exchanged(p, 1, RB, SF), "deadlock: .*stage 1 at send F.*stage 2 at send B"),
+    "receives-in-another-order": (lambda p: exchanged(p, 1, RF, RB), "deadlock"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_plan_is_caught(broken: str) -> None:
+    plan = make_schedule("1f1b", 4, 4)
+    simulate(plan, 4)
+    damage, words = BROKEN[broken]
+    with pytest.raises(ScheduleError, match=words):
+        simulate(damage(plan), 4)
+
+
+def naive_plan(stages: int, micro_batches: int) -> Plan:
+    """1F1B as one writes it first: receive, compute, send, each where it is needed. Both neighbours then send at once."""
+    plan = make_schedule("1f1b", stages, micro_batches)
+    lists = []
+    for rank, actions in enumerate(plan):
+        naive: list[Action] = []
+        for kind, chunk, micro, _ in (action for action in actions if action.peer is None):
+            source, target = (rank - 1, rank + 1) if kind is F else (rank + 1, rank - 1)
+            receive, send = (RF, SF) if kind is F else (RB, SB)
+            naive += [Action(receive, chunk, micro, source)] if 0 <= source < stages else []
+            naive += [Action(kind, chunk, micro)]
+            naive += [Action(send, chunk, micro, target)] if 0 <= target < stages else []
+        lists.append(tuple(naive))
+    return tuple(lists)
+
+
+def test_the_well_known_deadlock_of_naive_1f1b_is_found() -> None:
+    with pytest.raises(ScheduleError, match=re.escape("stage 0 at send F of micro-batch 1, chunk 0 (to stage 1)")):
+        simulate(naive_plan(2, 4), 4)
+    simulate(naive_plan(2, 1), 1)  # with one micro-batch there is nothing to collide with
+
+
+def test_orders_that_wait_for_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="wait for each other: stage 0: B of micro-batch 0, chunk 0"):
+        weave([[(B, 0, 0), (F, 0, 0)], [(F, 0, 0), (B, 0, 0)]], chunks=1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (("dualpipe", 2, 2, 1), "'dualpipe' is not known: choose one of gpipe, 1f1b, interleaved"),
+        (("1f1b", 2, 0, 1), "at least 1 stage, micro-batch and chunk, got 2, 0 and 1"),
+        (("gpipe", 2, 2, 2), "gpipe runs one model chunk a rank, got 2"),
+    ],
+)
+def test_a_bad_request_is_one_sentence(request_: tuple[str, int, int, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_schedule(*request_)
+    assert set(ORDERS) == {"gpipe", "1f1b", "interleaved"}
