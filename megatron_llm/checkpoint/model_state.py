@@ -8,6 +8,7 @@
 Every tensor under `optimizer.` has the shape and orientation of its weight, though the optimizer keeps flat shards.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ def model_entries(chunks: Iterable[nn.Module], family: Family, dp: Group) -> lis
                         rectangle.global_shape,
                         rectangle.global_start,
                         rectangle.view(parameter.detach()),
-                        rectangle.owned and writers.mine(rectangle.key, parameter.element_size() * rectangle.rows),
+                        rectangle.owned and writers.mine(math.prod(rectangle.shape) * parameter.element_size()),
                     )
                 )
     return entries
@@ -51,7 +52,7 @@ def optimizer_entries(segments: Iterable[OptimizerSegment], family: Family, dp: 
     writers = _Writers(dp)
     entries = []
     for segment in segments:
-        owned = sharded or writers.mine(str(len(entries)), segment.end - segment.start)
+        owned = sharded or writers.mine(segment.end - segment.start)
         for rectangle in parameter_rectangles(segment.parameter, family.table):
             entries += _segment_entries(segment, rectangle, rectangle.owned and owned)
     return entries
@@ -105,9 +106,8 @@ class _Writers:
     def __init__(self, group: Group) -> None:
         self._rank = group.rank
         self._load = [0] * group.size
-        self._writer: dict[str, int] = {}
 
-    def mine(self, key: str, size: int) -> bool:
+    def mine(self, size: int) -> bool:
         """Whether this rank writes an item of `size`."""
         writer = min(range(len(self._load)), key=self._load.__getitem__)
         self._load[writer] += size

@@ -95,7 +95,7 @@ def _optimizer(optimizer: OptimizerConfig, train_iters: int) -> OptimizerConfig:
     decay = _default(optimizer.lr_decay_iters, train_iters)
     wsd = optimizer.lr_wsd_decay_iters
     if wsd is None and optimizer.lr_decay_style == "WSD":
-        wsd = max(1, decay // 10)
+        wsd = max(1, (decay or train_iters) // 10)
     return replace(optimizer, lr_decay_iters=decay, lr_wsd_decay_iters=wsd)
 
 
@@ -109,5 +109,6 @@ def _log(log: LogConfig, checkpoint: CheckpointConfig) -> LogConfig:
     return log
 
 
-def _default(value: int | None, default: int) -> int:
-    return default if value is None else value
+def _default(value: int | None, default: int) -> int | None:
+    # A default made from a faulty value stays open, so that the fault is named once.
+    return default if value is None and default > 0 else value

@@ -144,10 +144,10 @@ class IndexCache:
 def _try_lock(path: Path) -> Iterator[str | None]:
     """Yield None holding the lock, or who holds it ("process 12 on host"). Without locks in the file system: None."""
     try:
-        stream = open(path, "a+", encoding="utf-8")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise write_error(path, error) from error
-    with stream:
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -110,7 +110,7 @@ class IndexedWriter:
             stream.close()
 
     def finish(self) -> None:
-        """Write `<prefix>.idx`, force it to the disk and remove the side files. The writer is closed."""
+        """Write `<prefix>.idx` and force it to the disk. The writer is closed; its side files are the caller's to remove."""
         self.flush()
         self.close()
         try:
@@ -118,8 +118,6 @@ class IndexedWriter:
                 self._write_index(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            self._lengths_path.unlink()
-            self._documents_path.unlink()
             fsync_dir(Path(self.prefix).parent)
         except OSError as error:
             raise write_error(idx_path(self.prefix), error) from error

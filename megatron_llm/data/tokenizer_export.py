@@ -15,7 +15,8 @@ from megatron_llm.utils.optional import require
 
 FAST_CLASS = "PreTrainedTokenizerFast"
 _SPACE = "\u2581"  # how sentencepiece spells a space
-_CONTROL, _USER_DEFINED, _UNIGRAM, _BPE = 3, 4, 1, 2  # numbers of sentencepiece's model format
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of pieces in sentencepiece's model format
+_UNIGRAM, _BPE = 1, 2  # kinds of models in it
 
 
 def write_folder(
@@ -110,9 +111,10 @@ def convert_sentencepiece(model: bytes, name: str) -> tuple[Any, dict[str, str]]
 def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """The merges a BPE model implies: every split of a piece into two pieces, best-scored result first, as sentencepiece merges.
 
-    Ties go by the ids of the two halves, as the library that reads the list expects.
+    Among equal scores (runs of spaces, often) sentencepiece goes from left to right, so that a left half grows as far as
+    it can before the next is begun: the longest left half has to come first.
     """
-    usable = {piece.piece for piece in proto.pieces if piece.type not in (_CONTROL, _USER_DEFINED)}
+    usable = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     ranked: list[tuple[float, int, int, str, str]] = []
     for piece in proto.pieces:
         if piece.piece not in usable:
@@ -120,7 +122,7 @@ def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
         for cut in range(1, len(piece.piece)):
             left, right = piece.piece[:cut], piece.piece[cut:]
             if left in usable and right in usable:
-                ranked.append((-piece.score, vocab[left], vocab[right], left, right))
+                ranked.append((-piece.score, -len(left), vocab[left], left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
@@ -143,6 +145,6 @@ def _normalizer(tokenizers: Any, proto: Any) -> Any:
 def _decoder(tokenizers: Any, proto: Any) -> Any:
     kinds = tokenizers.decoders
     steps = [kinds.Replace(_SPACE, " "), kinds.ByteFallback(), kinds.Fuse()]
-    if proto.normalizer_spec.add_dummy_prefix:
+    if proto.normalizer_spec.add_dummy_prefix or proto.normalizer_spec.remove_extra_whitespaces:
         steps.append(kinds.Strip(" ", 1, 0))
     return kinds.Sequence(steps)

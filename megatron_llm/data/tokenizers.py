@@ -99,7 +99,8 @@ class GPT2BPETokenizer(Tokenizer):
     kind = "GPT2BPETokenizer"
 
     def __init__(self, vocab_file: str | Path, merge_file: str | Path) -> None:
-        self.model = str(vocab_file)
+        # Where both files lie together, their folder is enough to find them again.
+        self.model = str(Path(vocab_file).parent) if Path(vocab_file).parent == Path(merge_file).parent else None
         vocab = _json_object(Path(vocab_file))
         merges = [line.split(" ") for line in _read(Path(merge_file)).split("\n") if line and not line.startswith("#version")]
         bad = next((merge for merge in merges if len(merge) != 2), None)
@@ -207,13 +208,13 @@ def build_tokenizer(
 ) -> Tokenizer:
     """The tokenizer named by `kind` (one of TOKENIZER_TYPES) from its files; a UserError says which are missing.
 
-    GPT2BPETokenizer also takes `model`, a folder with vocab.json and merges.txt.
+    GPT2BPETokenizer also takes `model`, a folder with vocab.json and merges.txt (or names that end so).
     """
     if kind == "ByteTokenizer":
         return ByteTokenizer()
     if kind == "GPT2BPETokenizer":
         if model is not None and vocab_file is None and merge_file is None:
-            vocab_file, merge_file = Path(model) / "vocab.json", Path(model) / "merges.txt"
+            vocab_file, merge_file = _one_file(Path(model), "vocab.json"), _one_file(Path(model), "merges.txt")
         if vocab_file is None or merge_file is None:
             raise UserError("GPT2BPETokenizer needs its two files: give --vocab-file and --merge-file")
         return GPT2BPETokenizer(vocab_file, merge_file)
@@ -223,6 +224,12 @@ def build_tokenizer(
         what = "a folder with tokenizer.json" if kind == "HuggingFaceTokenizer" else "a sentencepiece .model file"
         raise UserError(f"{kind} needs --tokenizer-model: {what}")
     return HuggingFaceTokenizer(model) if kind == "HuggingFaceTokenizer" else SentencePieceTokenizer(model)
+
+
+def _one_file(folder: Path, name: str) -> Path:
+    """The file of that name in a folder, or the only one whose name ends so."""
+    others = sorted(folder.glob(f"*{name}"))
+    return others[0] if len(others) == 1 else folder / name
 
 
 def _read_bytes(path: Path) -> bytes:

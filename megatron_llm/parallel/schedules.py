@@ -114,14 +114,16 @@ ORDERS: dict[str, Callable[[int, int, int, int], list[Step]]] = {
 
 
 def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Plan:
-    """The action list of every pipeline rank; `name` is gpipe, 1f1b or interleaved. Raises UserError on a bad request.
+    """The action list of every pipeline rank; `name` is gpipe, 1f1b, interleaved or auto. Raises UserError on a bad request.
 
-    Only interleaved takes more than one chunk a rank; with one it is 1f1b. Any number of micro-batches works, fewer than
-    stages too. Within a chunk both forwards and backwards go in ascending order of micro-batch, so gradients are added up
-    in the same order under every schedule.
+    auto is interleaved where there are several chunks, otherwise 1f1b. Only interleaved takes more than one chunk a rank;
+    with one it is 1f1b. Any number of micro-batches works, fewer than stages too. Within a chunk both forwards and
+    backwards go in ascending order of micro-batch, so gradients are added up in the same order under every schedule.
     """
+    if name == "auto":
+        name = "interleaved" if chunks > 1 else "1f1b"
     if name not in ORDERS:
-        raise UserError(f"pipeline schedule {name!r} is not known: choose one of {', '.join(ORDERS)}")
+        raise UserError(f"pipeline schedule {name!r} is not known: choose one of auto, {', '.join(ORDERS)}")
     if min(stages, micro_batches, chunks) < 1:
         raise UserError(f"a pipeline needs at least 1 stage, micro-batch and chunk, got {stages}, {micro_batches} and {chunks}")
     if chunks > 1 and name != "interleaved":

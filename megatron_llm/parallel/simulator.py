@@ -10,6 +10,7 @@ runs it (transfers overlap with work) and measures.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_llm.parallel.schedules import Action, ActionKind, Place, Plan, place_after, place_before
 
@@ -27,6 +28,7 @@ NEEDS: dict[ActionKind, tuple[ActionKind, ...]] = {
     RECV_BACKWARD: (),
 }
 MATCHING = {SEND_FORWARD: RECV_FORWARD, RECV_FORWARD: SEND_FORWARD, SEND_BACKWARD: RECV_BACKWARD, RECV_BACKWARD: SEND_BACKWARD}
+LIVE = {FORWARD: 1, BACKWARD: -1}  # change of live activations
 BACKWARD_HALF = (BACKWARD, SEND_BACKWARD, RECV_BACKWARD)
 
 
@@ -47,8 +49,7 @@ class Costs:
         return self.forward if kind is FORWARD else self.backward
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A computing action on the time axis."""
 
     action: Action
@@ -81,18 +82,23 @@ class Simulation:
 
 def simulate(plan: Plan, micro_batches: int, chunks: int = 1, costs: Costs | None = None) -> Simulation:
     """Check a plan and measure it; ScheduleError says which rank does what wrong. Plans without backwards are fine too."""
-    forward_only = all(action.kind not in BACKWARD_HALF for actions in plan for action in actions)
-    for rank in range(len(plan)):
-        check_order(plan, rank, micro_batches, chunks, forward_only)
-    check_transfers(plan)
+    check_plan(plan, micro_batches, chunks)
     ticks, spans = time_plan(plan, costs or Costs())
     return Simulation(
         ticks=ticks,
         busy=tuple(sum(span.end - span.start for span in rank_spans) for rank_spans in spans),
-        peak_activations=tuple(peak(actions, {FORWARD: 1, BACKWARD: -1}) for actions in plan),
+        peak_activations=tuple(peak_activations(actions) for actions in plan),
         peak_buffers=tuple(peak_buffers(actions) for actions in plan),
         spans=spans,
     )
+
+
+def check_plan(plan: Plan, micro_batches: int, chunks: int = 1) -> None:
+    """ScheduleError unless every rank's list is complete and in order and the lists together cannot hang."""
+    forward_only = all(action.kind not in BACKWARD_HALF for actions in plan for action in actions)
+    for rank in range(len(plan)):
+        check_order(plan, rank, micro_batches, chunks, forward_only)
+    check_transfers(plan)
 
 
 def kinds_of(place: Place, stages: int, chunks: int) -> dict[ActionKind, int | None]:
@@ -172,27 +178,24 @@ class Channel:
     """The one ordered queue between two ranks: the n-th entry of one side meets the n-th of the other."""
 
     posts: dict[int, list[tuple[float, Action]]] = field(default_factory=lambda: defaultdict(list))
-    finished: int = 0
     free_at: float = 0.0
 
-    def post(self, rank: int, moment: float, action: Action, transfer: float) -> list[tuple[int, Action, float]]:
-        """Add one side's entry; the receives that this completes, as (rank, action, moment)."""
-        assert action.peer is not None, "transfers have a peer"
-        self.posts[rank].append((moment, action))
-        completed = []
-        while self.finished < min(len(self.posts[rank]), len(self.posts[action.peer])):
-            ends = [(side, *self.posts[side][self.finished]) for side in (rank, action.peer)]
-            self.free_at = max(self.free_at, *(posted for _, posted, _ in ends)) + transfer
-            self.finished += 1
-            completed += [(side, act, self.free_at) for side, _, act in ends if act.kind in (RECV_FORWARD, RECV_BACKWARD)]
-        return completed
+    def post(self, rank: int, moment: float, action: Action, peer: int, transfer: float) -> tuple[int, Action, float] | None:
+        """Add one side's entry; when that completes a transfer, its receiver, the receive and the moment it is there."""
+        mine, theirs = self.posts[rank], self.posts[peer]
+        mine.append((moment, action))
+        if len(theirs) < len(mine):
+            return None
+        posted, other = theirs[len(mine) - 1]
+        self.free_at = max(self.free_at, moment, posted) + transfer
+        return (rank, action, self.free_at) if action.kind in (RECV_FORWARD, RECV_BACKWARD) else (peer, other, self.free_at)
 
 
 def time_plan(plan: Plan, costs: Costs) -> tuple[float, tuple[tuple[Span, ...], ...]]:
     """Total ticks and each rank's spans when transfers are posted without waiting and a computation waits for its input."""
     channels: dict[frozenset[int], Channel] = defaultdict(Channel)
-    arrivals: list[dict[tuple[ActionKind, int, int], float]] = [{} for _ in plan]
-    expected = [{(a.kind, a.chunk, a.micro) for a in actions if a.kind in (RECV_FORWARD, RECV_BACKWARD)} for actions in plan]
+    arrivals: list[dict[tuple[ActionKind, int, int], float]] = [{} for _ in plan]  # moments that received tensors are there
+    posted: list[set[tuple[ActionKind, int, int]]] = [set() for _ in plan]
     clocks, position = [0.0] * len(plan), [0] * len(plan)
     spans: list[list[Span]] = [[] for _ in plan]
     todo = list(range(len(plan)))
@@ -202,26 +205,28 @@ def time_plan(plan: Plan, costs: Costs) -> tuple[float, tuple[tuple[Span, ...], 
             action = plan[rank][position[rank]]
             if action.peer is None:
                 needed = (RECV_FORWARD if action.kind is FORWARD else RECV_BACKWARD, action.chunk, action.micro)
-                if needed in expected[rank] and needed not in arrivals[rank]:
+                if needed in posted[rank] and needed not in arrivals[rank]:
                     break
                 start = max(clocks[rank], arrivals[rank].get(needed, 0.0))
                 clocks[rank] = start + costs.of(action.kind)
                 spans[rank].append(Span(action, start, clocks[rank]))
             else:
-                channel = channels[frozenset((rank, action.peer))]
-                for side, receive, moment in channel.post(rank, clocks[rank], action, costs.transfer):
-                    arrivals[side][receive.kind, receive.chunk, receive.micro] = moment
+                posted[rank].add(action[:3])
+                done = channels[frozenset((rank, action.peer))].post(rank, clocks[rank], action, action.peer, costs.transfer)
+                if done is not None:
+                    side, receive, moment = done
+                    arrivals[side][receive[:3]] = moment
                     todo.append(side)
             position[rank] += 1
     return max(clocks), tuple(tuple(rank_spans) for rank_spans in spans)
 
 
-def peak(actions: Sequence[Action], change: dict[ActionKind, int]) -> int:
-    """Largest running sum of the changes that the actions of a list make."""
-    now = most = 0
+def peak_activations(actions: Sequence[Action]) -> int:
+    """Most (chunk, micro-batch) pairs that have run forward and not yet backward at once."""
+    live = most = 0
     for action in actions:
-        now += change.get(action.kind, 0)
-        most = max(most, now)
+        live += LIVE.get(action.kind, 0)
+        most = max(most, live)
     return most
 
 

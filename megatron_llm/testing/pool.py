@@ -89,8 +89,9 @@ class Pool:
     def grow(self, size: int) -> None:
         """Start workers until there are `size`; they come up side by side."""
         context = multiprocessing.get_context("forkserver")
-        # Two names, since the server may be unable to import ours (it has the parent's environment, not its sys.path).
-        context.set_forkserver_preload(["torch.distributed", "megatron_llm.testing.worker"])
+        # torch by its own name too, since the server may be unable to import ours (it has the parent's environment, not
+        # its sys.path); pytest because a new process first loads its parent's main module.
+        context.set_forkserver_preload(["torch.distributed", "megatron_llm.testing.worker", *({"pytest"} & set(sys.modules))])
         started = []
         while len(self.workers) < size:
             ours, theirs = context.Pipe()

@@ -5,7 +5,7 @@ already its share of the global mean: gradients are then only ever summed, over 
 neither the micro-batch size nor the number of replicas changes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,7 +118,7 @@ class NativeEngine:
         return (float(loss.item()) if tokens else None), tokens
 
     @torch.no_grad()
-    def evaluate(self, global_batches: Sequence[Sequence[Batch]]) -> float | None:
+    def evaluate(self, global_batches: Iterable[Sequence[Batch]]) -> float | None:
         """Mean loss of a token over whole global batches (sum over sum, never a mean of means); None without tokens."""
         for chunk in self.chunks:
             chunk.eval()

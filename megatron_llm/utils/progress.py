@@ -17,8 +17,7 @@ class Progress:
 
     `total` is the amount of work (None: unknown) in `unit`; a unit of "B" is shown as KB, MB, GB. `update` takes the
     amount done so far and counters (`documents=12`), which are shown with their rates. `every` is the least number of
-    seconds between lines (default: 0.2 on a terminal, 10 elsewhere). `done_before` is the part of `total` that an
-    earlier run did, so that rates and the time left speak of this one.
+    seconds between lines (default: 0.2 on a terminal, 10 elsewhere).
     """
 
     def __init__(
@@ -27,7 +26,6 @@ class Progress:
         total: float | None = None,
         *,
         unit: str = "",
-        done_before: float = 0.0,
         every: float | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -38,7 +36,7 @@ class Progress:
         self._every = every if every is not None else (0.2 if self._terminal else 10.0)
         self._clock = clock
         self._start = self._last = clock()
-        self._before = self._done = done_before
+        self._before = self._done = 0.0
         self._counters: dict[str, float] = {}
         self._first_counters: dict[str, float] = {}
         self._width = 0
@@ -49,19 +47,24 @@ class Progress:
         for name, value in counters.items():
             self._first_counters.setdefault(name, 0.0)
             self._counters[name] = value
-        now = self._clock()
-        if now - self._last >= self._every:
-            self._last = now
-            self._print(self.line(), end="\r" if self._terminal else "\n")
+        if self._clock() - self._last >= self._every:
+            self.show()
 
     def advance(self, amount: float = 1.0) -> None:
         """One more piece of work is done."""
         self.update(self._done + amount)
 
-    def begin_counters(self, **counters: float) -> None:
-        """Values that counters have from an earlier run, so that their rates speak of this one."""
+    def resume(self, done: float, **counters: float) -> None:
+        """Start from what an earlier run had done, so that rates and the time left speak of this run alone."""
+        self._before = self._done = done
+        self._start = self._clock()
         self._first_counters.update(counters)
         self._counters.update(counters)
+
+    def show(self) -> None:
+        """Print the line now, whatever the time."""
+        self._last = self._clock()
+        self._print(self.line(), end="\r" if self._terminal else "\n")
 
     def say(self, message: str) -> None:
         """Print a line of its own without tearing the refreshed line."""

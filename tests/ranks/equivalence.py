@@ -67,8 +67,9 @@ class Point:
                 ddp_bucket_size=5000,
                 device="cpu",
             ),
-            # A large epsilon: with Adam's usual one, an element whose gradient is rounding noise moves by a whole learning rate.
-            optimizer=OptimizerConfig(lr=LR, adam_eps=1e-5, clip_grad=0.5),
+            # Adam divides each gradient by its own size, so with its usual epsilon an element whose gradient is rounding
+            # noise moves by a whole learning rate. An epsilon of the gradients' size keeps the weights as exact as they are.
+            optimizer=OptimizerConfig(lr=LR, adam_eps=1e-3, clip_grad=0.5),
             train=TrainConfig(micro_batch_size=MICRO, global_batch_size=SAMPLES, seq_length=LENGTH, train_iters=STEPS, seed=11),
             data=replace(RunConfig().data, mock_data=True),
         )

@@ -36,7 +36,11 @@ def test_pieces_of_a_flat_range_are_that_range(case: tuple[tuple[int, ...], int,
 
 def test_a_matrix_shard_is_rest_of_row_rows_and_beginning_of_row() -> None:
     pieces = split_flat_range((5, 4), 3, 18)
-    assert [(piece.start, piece.shape, piece.offset) for piece in pieces] == [((0, 3), (1, 1), 0), ((1, 0), (3, 4), 1), ((4, 0), (1, 2), 13)]
+    assert [(piece.start, piece.shape, piece.offset) for piece in pieces] == [
+        ((0, 3), (1, 1), 0),
+        ((1, 0), (3, 4), 1),
+        ((4, 0), (1, 2), 13),
+    ]
 
 
 def test_writing_through_a_piece_changes_the_segment() -> None:
@@ -50,9 +54,7 @@ def test_a_range_outside_the_tensor_is_refused() -> None:
         split_flat_range((2, 3), 0, 7)
 
 
-@pytest.mark.parametrize(
-    ("shape", "start", "local"), [((4, 4), (2, 0), (3, 4)), ((4,), (-1,), (2,)), ((4, 4), (0,), (4, 4)), ((), (), ())]
-)
+@pytest.mark.parametrize(("shape", "start", "local"), [((4, 4), (2, 0), (3, 4)), ((4,), (-1,), (2,)), ((4, 4), (0,), (4, 4)), ((), (), ())])
 def test_an_entry_outside_its_tensor_is_refused(shape: tuple[int, ...], start: tuple[int, ...], local: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="key"):
         Entry("key", shape, start, torch.zeros(local))

@@ -10,7 +10,18 @@ from safetensors.torch import load_file
 
 from megatron_llm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, dtype_from_name, dtype_name, seal_file
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def test_the_library_reads_back_what_we_write(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def scales(scaler: LossScaler, outcomes: str) -> list[float]:
 
 
 def test_grows_after_a_window_of_good_steps_in_a_row() -> None:
-    assert scales(dynamic(), "+++" "++-++" "+") == [64, 64, 128, 128, 128, 128, 128, 128, 256]
+    assert scales(dynamic(), "+++++-+++") == [64, 64, 128, 128, 128, 128, 128, 128, 256]
 
 
 def test_the_first_halving_needs_hysteresis_overflows_and_the_next_only_one() -> None:

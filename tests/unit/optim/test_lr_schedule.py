@@ -35,9 +35,7 @@ def test_golden_values(style: str, values: dict[int, float]) -> None:
     assert {step: rate(step, lr_decay_style=style) for step in values} == pytest.approx(values)
 
 
-@pytest.mark.parametrize(
-    ("style", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("exponential", math.sqrt(2) - 1)]
-)
+@pytest.mark.parametrize(("style", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("exponential", math.sqrt(2) - 1)])
 def test_wsd_final_decay(style: str, halfway: float) -> None:
     def wsd(step: int) -> float:
         return rate(step, lr_decay_style="WSD", lr_wsd_decay_iters=40, lr_wsd_decay_style=style)

@@ -1,0 +1,230 @@
+"""From text files to an indexed dataset: find the input, encode it in worker processes, write it so that a kill costs seconds.
+
+The main process reads blocks of lines, hands them to workers, and writes their results in the order of the input, so
+that the output does not depend on the number of workers or on where a run was interrupted. Nothing grows with the
+corpus: blocks in flight are bounded, and lengths and document indices go to the disk.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_llm import __version__
+from megatron_llm.data.encoder import EncodedBlock, EncoderRecipe
+from megatron_llm.data.indexed import token_dtype
+from megatron_llm.data.indexed_writer import Marks
+from megatron_llm.data.journal import Counts, Entry
+from megatron_llm.data.preprocess_output import WorkFolder
+from megatron_llm.data.records import iterate_texts
+from megatron_llm.data.sentences import SentenceSplitter, build_splitter
+from megatron_llm.data.sidecar import Sidecar
+from megatron_llm.data.sources import Block, InputFile, Position, describe, find_inputs, read_blocks
+from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_llm.data.worker_pool import WorkerPool
+from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.progress import Progress
+
+BAD_LINES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """One run of preprocessing; the fields are the flags of tools/preprocess_data.py, where they are explained."""
+
+    input: tuple[str, ...]
+    output_prefix: str
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    split_sentences: bool = False
+    keep_newlines: bool = False
+    lang: str = "english"
+    nltk_data: str | None = None
+    on_error: str = "fatal"
+    workers: int | None = None
+    log_interval: int | None = None
+    resume_seconds: float = 5.0
+
+    @property
+    def tokenizer(self) -> tuple[str, str | None, str | None, str | None]:
+        """The arguments of `build_tokenizer`."""
+        return self.tokenizer_type, self.tokenizer_model, self.vocab_file, self.merge_file
+
+    def dataset_prefix(self, key: str) -> str:
+        """The prefix of the dataset of one key: `<output prefix>_<key>_document` (or `_sentence`)."""
+        return f"{self.output_prefix}_{key}_{'sentence' if self.split_sentences else 'document'}"
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What a run has made: the prefix of each key's dataset with its counts, and what was passed over in all."""
+
+    datasets: dict[str, Marks]
+    empty: int
+    bad: int
+
+
+def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
+    """Make the datasets, going on where a killed run with the same settings and input stopped."""
+    _check(settings)
+    files = find_inputs(settings.input)
+    tokenizer = build_tokenizer(*settings.tokenizer)
+    if settings.append_eod and tokenizer.eod_id is None:
+        raise UserError(
+            f"--append-eod: the {tokenizer.kind} {tokenizer.model} has no end-of-document token; leave the flag out or use another"
+        )
+    workers = len(os.sched_getaffinity(0)) if settings.workers is None else settings.workers
+    consumed = sum(file.size for file in files)
+    with Progress("preprocessing", consumed, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
+        progress.say(f"input: {describe(files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers} workers")
+        splitter = _splitter(settings, files, progress)
+        run = _Run(settings, files, tokenizer, splitter, progress)
+        return run.execute(workers)
+
+
+def _check(settings: PreprocessSettings) -> None:
+    if not settings.json_keys or len(set(settings.json_keys)) != len(settings.json_keys):
+        raise UserError(f"--json-keys should be one or more different keys, not {list(settings.json_keys)}")
+    bad = next((key for key in settings.json_keys if "/" in key or not key), None)
+    if bad is not None:
+        raise UserError(f"--json-keys: {bad!r} cannot be part of a file name")
+    if settings.workers is not None and settings.workers < 0:
+        raise UserError(f"--workers should be 0 (everything in one process) or more, not {settings.workers}")
+    if settings.keep_newlines and not settings.split_sentences:
+        raise UserError("--keep-newlines says how to cut sentences: it needs --split-sentences")
+
+
+def _splitter(settings: PreprocessSettings, files: Sequence[InputFile], progress: Progress) -> SentenceSplitter | None:
+    if not settings.split_sentences:
+        return None
+    sample = (text for text, _ in iterate_texts(files, settings.json_keys))
+    splitter = build_splitter(settings.lang, settings.nltk_data, settings.keep_newlines, lambda: sample)
+    progress.say(f"sentences: {splitter.description}")
+    return splitter
+
+
+class _Run:
+    """The state of one run while it goes on."""
+
+    def __init__(
+        self,
+        settings: PreprocessSettings,
+        files: Sequence[InputFile],
+        tokenizer: Tokenizer,
+        splitter: SentenceSplitter | None,
+        progress: Progress,
+    ) -> None:
+        self._settings, self._files, self._tokenizer, self._progress = settings, files, tokenizer, progress
+        self._recipe = EncoderRecipe(settings.tokenizer, settings.json_keys, settings.append_eod, splitter)
+        self._names = {key: settings.dataset_prefix(key) for key in settings.json_keys}
+        self._starts = [sum(file.size for file in files[:index]) for index in range(len(files))]
+        self._counts = Counts()
+        self._shown = 0
+
+    def execute(self, workers: int) -> PreprocessSummary:
+        """Read, encode, write, put into place."""
+        with WorkFolder(self._settings.output_prefix, self._names, self._tokenizer.vocab_size, self._fingerprint(), self._files) as work:
+            entry = work.entry
+            if work.stale:
+                self._progress.say(f"{work.path} is of other settings or input, or had not got anywhere: starting at the beginning")
+            if entry is not None:
+                self._go_on(entry)
+            if entry is not None and entry.finished:
+                work.publish()
+                return self._summary(entry.marks)
+            with WorkerPool[Block, EncodedBlock](self._recipe, workers) as pool:
+                self._write(work, pool.map(self._blocks(entry)))
+            marks = work.marks
+            self._refuse_nothing(work, marks)
+            work.finish(sum(file.size for file in self._files), self._counts, {key: self._sidecar(mark) for key, mark in marks.items()})
+            return self._summary(marks)
+
+    def _go_on(self, entry: Entry) -> None:
+        self._counts = entry.counts
+        self._progress.resume(entry.consumed, documents=entry.counts.documents, tokens=entry.counts.tokens)
+        place = f"{self._files[entry.file].path}, {entry.position.line} lines in"
+        self._progress.say(f"going on where an earlier run stopped: {entry.counts.documents} documents are there ({place})")
+
+    def _blocks(self, entry: Entry | None) -> Iterator[Block]:
+        first = entry.file if entry else 0
+        for index in range(first, len(self._files)):
+            start = entry.position if entry and index == first else Position()
+            yield from read_blocks(self._files[index], index, start)
+
+    def _write(self, work: WorkFolder, results: Iterator[EncodedBlock]) -> None:
+        committed = time.monotonic()
+        logged = self._counts.documents
+        for result in results:
+            self._report_bad(result)
+            work.add(result.texts)
+            self._count(result)
+            done = self._starts[result.file] + result.consumed
+            self._progress.update(done, documents=self._counts.documents, tokens=self._counts.tokens)
+            interval = self._settings.log_interval
+            if interval is not None and self._counts.documents - logged >= interval:
+                logged = self._counts.documents
+                self._progress.show()
+            if time.monotonic() - committed >= self._settings.resume_seconds:
+                work.commit(result.file, result.end, done, self._counts)
+                committed = time.monotonic()
+
+    def _count(self, result: EncodedBlock) -> None:
+        documents = sum(len(encoded.sequences) for encoded in result.texts.values())
+        tokens = sum(encoded.ids.size for encoded in result.texts.values())
+        old = self._counts
+        self._counts = Counts(old.documents + documents, old.empty + result.empty, old.bad + len(result.bad), old.tokens + tokens)
+
+    def _report_bad(self, result: EncodedBlock) -> None:
+        for number, reason in result.bad:
+            place = f"{result.path}, {result.unit} {number}: {reason}"
+            if self._settings.on_error == "fatal":
+                raise UserError(f"{place}; correct it, or pass over such lines with --on-error skip (what is done so far is kept)")
+            if self._shown < BAD_LINES_SHOWN:
+                self._progress.say(f"skipped {place}")
+            elif self._shown == BAD_LINES_SHOWN:
+                self._progress.say("skipped more bad lines, which are only counted from here on")
+            self._shown += 1
+
+    def _refuse_nothing(self, work: WorkFolder, marks: dict[str, Marks]) -> None:
+        for key, mark in marks.items():
+            if mark.documents == 0:
+                work.remove()
+                raise UserError(
+                    f"the input has no document for the key {key!r}: {self._counts.empty} texts were empty,"
+                    f" {self._counts.bad} lines were bad; nothing was written"
+                )
+
+    def _sidecar(self, marks: Marks) -> Sidecar:
+        tokenizer = self._tokenizer
+        return Sidecar(
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_type=tokenizer.kind,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            eod_id=tokenizer.eod_id,
+            append_eod=self._settings.append_eod,
+            documents=marks.documents,
+            sequences=marks.sequences,
+            tokens=marks.tokens,
+            tokenizer_model=tokenizer.model,
+        )
+
+    def _summary(self, marks: dict[str, Marks]) -> PreprocessSummary:
+        return PreprocessSummary({self._names[key]: mark for key, mark in marks.items()}, self._counts.empty, self._counts.bad)
+
+    def _fingerprint(self) -> str:
+        """Of everything that decides the output, the input files apart (the journal knows those one by one)."""
+        parts = {
+            "version": __version__,
+            "keys": self._settings.json_keys,
+            "tokenizer": [self._tokenizer.kind, self._tokenizer.fingerprint, self._tokenizer.vocab_size],
+            "append_eod": self._settings.append_eod,
+            "sentences": self._recipe.splitter.fingerprint if self._recipe.splitter else None,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""A function applied to a stream of items by worker processes: results in order, memory bounded, no hang when one dies.
+
+Each worker has a pipe of its own and at most one item at a time, so neither side can wait for the other to empty a full
+pipe, a dead worker is seen at once, and workers leave when the main process is gone, however it went.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from megatron_llm.utils.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class WorkerFailure(RuntimeError):
+    """A worker's function raised; the message is its stack."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+    user_error: bool
+
+
+_CLOSED = object()
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    item: int | None = None  # number of the item it has
+
+
+class WorkerPool(Generic[Item, Result]):
+    """`workers` processes that each call `make()` once and then the function it returned on items. Use as a context manager.
+
+    `make` and items must be picklable. With no workers (0) everything happens in this process. A UserError raised by the
+    function is raised here; anything else it raises becomes a WorkerFailure; a process that dies is a UserError.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[Item], Result]], workers: int) -> None:
+        self._make = make
+        self._count = workers
+        self._workers: list[_Worker] = []
+
+    def map(self, items: Iterable[Item]) -> Iterator[Result]:
+        """The results, in the order of the items. Items are taken only a little ahead of the results given out."""
+        if self._count == 0:
+            function = self._make()
+            yield from (function(item) for item in items)
+            return
+        self._start()
+        waiting: deque[Item] = deque()
+        finished: dict[int, Result] = {}
+        source = iter(items)
+        read = sent = given = 0
+        more = True
+        while True:
+            # One item ready for each worker, so that none waits for the disk; the window bounds what a slow item holds up.
+            while more and len(waiting) < self._count and read - given < 4 * self._count:
+                try:
+                    waiting.append(next(source))
+                    read += 1
+                except StopIteration:
+                    more = False
+            for worker in self._workers:
+                if worker.item is None and waiting:
+                    self._send(worker, sent, waiting.popleft())
+                    sent += 1
+            if given in finished:
+                yield finished.pop(given)
+                given += 1
+            elif given < sent:
+                self._receive(finished)
+            elif not more and not waiting:
+                return
+
+    def _start(self) -> None:
+        # Spawned, not forked: the tokenizer libraries keep threads, which a fork would lose while holding their locks.
+        context = multiprocessing.get_context("spawn")
+        for number in range(self._count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._make), name=f"worker-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours))
+
+    def _send(self, worker: _Worker, number: int, item: Item) -> None:
+        worker.item = number
+        try:
+            worker.pipe.send(item)
+        except OSError as error:
+            raise self._death(worker) from error
+
+    def _receive(self, finished: dict[int, Result]) -> None:
+        """Wait for at least one result."""
+        busy = {worker.pipe: worker for worker in self._workers if worker.item is not None}
+        for pipe in wait(list(busy)):
+            worker = busy[pipe]  # type: ignore[index]
+            try:
+                answer: Any = worker.pipe.recv()
+            except (EOFError, OSError) as error:
+                raise self._death(worker) from error
+            if isinstance(answer, _Failure):
+                raise _exception(answer)
+            assert worker.item is not None
+            finished[worker.item] = answer
+            worker.item = None
+
+    def _death(self, worker: _Worker) -> Exception:
+        """Why a worker cannot be reached: what it said before it left, or how it died."""
+        worker.process.join(5)
+        try:
+            last: Any = worker.pipe.recv() if worker.pipe.poll() else None
+        except (EOFError, OSError):
+            last = None
+        if isinstance(last, _Failure):
+            return _exception(last)
+        code = worker.process.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit status {code}"
+        hint = " (out of memory is the usual cause: use fewer --workers)" if code == -signal.SIGKILL else ""
+        return UserError(f"{worker.process.name} of {self._count} worker processes died, {how}{hint}; run the command again to go on")
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.terminate()
+            worker.process.join()
+        self._workers = []
+
+    def __enter__(self) -> "WorkerPool[Item, Result]":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _exception(failure: _Failure) -> Exception:
+    return UserError(failure.message) if failure.user_error else WorkerFailure(failure.message)
+
+
+def _work(pipe: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+    """The life of a worker: until the pipe is closed at the other end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    try:
+        function = make()
+        while (item := _next(pipe)) is not _CLOSED:
+            pipe.send(function(item))
+    except (BrokenPipeError, ConnectionResetError):
+        return
+    except UserError as error:
+        _report(pipe, _Failure(str(error), True))
+    except Exception:  # noqa: BLE001 - told to the main process, which raises it
+        _report(pipe, _Failure(f"a worker process failed:\n{traceback.format_exc()}", False))
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return _CLOSED
+
+
+def _report(pipe: Connection, failure: _Failure) -> None:
+    try:
+        pipe.send(failure)
+    except (BrokenPipeError, ConnectionResetError):
+        return

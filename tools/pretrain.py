@@ -1,0 +1,10 @@
+"""Pretrain a model under any layout. `run_pretrain_gpt.sh` starts it on every rank.
+
+Example: python -m torch.distributed.run --standalone --nproc-per-node 2 tools/pretrain.py --tp 2 --mock-data --vocab-size 97 --train-iters 5
+"""
+
+from megatron_llm.training.pretrain import main
+from megatron_llm.utils.errors import run_command
+
+if __name__ == "__main__":
+    run_command(main)
