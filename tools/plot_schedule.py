@@ -1,8 +1,4 @@
-"""Draw a pipeline schedule and print what it costs.
-
-example:
-  python tools/plot_schedule.py --schedule interleaved --stages 4 --micro-batches 8 --chunks 2 --output schedule.png
-"""
+"""Draw a pipeline schedule as a picture of all stages in time, and print what it costs: ticks, idle time, live activations."""
 
 import argparse
 from pathlib import Path
@@ -12,10 +8,20 @@ from megatron_llm.parallel.simulator import simulate
 from megatron_llm.parallel.timeline import draw_timeline
 from megatron_llm.utils.errors import run_command
 
+EXAMPLE = """example:
+  python tools/plot_schedule.py --schedule interleaved --stages 4 --micro-batches 8 --chunks 2 --output schedule.png
+
+"""
+
 
 def main() -> None:
     """Parse, simulate, print, draw."""
-    parser = argparse.ArgumentParser(usage=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=EXAMPLE + (__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--schedule", default="1f1b", choices=sorted(ORDERS), help="which schedule (default 1f1b)")
     parser.add_argument("--stages", type=int, default=4, help="pipeline ranks (default 4)")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches a step (default 8)")
@@ -26,7 +32,8 @@ def main() -> None:
     result = simulate(plan, args.micro_batches, args.chunks)
     print(f"{result.ticks:g} ticks (one chunk's forward 1, backward 2), {result.bubble:.1%} of all ranks' time idle")
     print("peak live activations of each stage:", *result.peak_activations)
-    draw_timeline(result, f"{args.schedule}, {args.stages} stages x {args.chunks} chunks, {args.micro_batches} micro-batches", args.output)
+    chunks = f" of {args.chunks} chunks" if args.chunks > 1 else ""
+    draw_timeline(result, f"{args.schedule}, {args.stages} stages{chunks}, {args.micro_batches} micro-batches", args.output)
     print(f"wrote {args.output}")
 
 

@@ -15,8 +15,8 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     """The settings that the command line gives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders and glob patterns: .jsonl (a JSON object a line), .json (an array of objects, or"
-        " the same as .jsonl), .txt (a document a line), each also .gz or .zst")  # fmt: skip
+    kinds = ".jsonl (a JSON object a line), .json (an array of objects, or as .jsonl), .txt (a document a line), each also .gz or .zst"
+    add("--input", nargs="+", required=True, help=f"files, folders and glob patterns: {kinds}")
     add(
         "--output-prefix",
         required=True,

@@ -56,9 +56,9 @@ def quick_check(path: Path) -> Manifest:
     for name, seal in manifest.files.items():
         file = path / name
         if not file.is_file():
-            raise DamagedCheckpoint(f"{name} is missing")
+            raise DamagedCheckpoint(path, f"{name} is missing")
         if file.stat().st_size != seal.size:
-            raise DamagedCheckpoint(f"{name} has {file.stat().st_size} bytes, the manifest says {seal.size}")
+            raise DamagedCheckpoint(path, f"{name} has {file.stat().st_size} bytes, the manifest says {seal.size}")
     return manifest
 
 
@@ -120,7 +120,10 @@ def _candidates(path: Path) -> list[Candidate]:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give a checkpoint's folder, or a folder of checkpoints")
     if not is_checkpoint(path):
-        return list_checkpoints(path)
+        try:
+            return list_checkpoints(path)
+        except OSError as error:
+            raise UserError(f"cannot look for checkpoints in {path}: {error.strerror or error}") from error
     named = parse_step(path.name)
     if named and named[1] == TEMPORARY:
         raise UserError(f"{path} is an unfinished save and cannot be loaded: load {path.parent} to take the newest complete one")
@@ -131,7 +134,7 @@ def _candidate(path: Path) -> Candidate:
     try:
         return Candidate(path, quick_check(path), None)
     except DamagedCheckpoint as error:
-        return Candidate(path, None, str(error))
+        return Candidate(path, None, error.reason)
 
 
 def _verify_together(path: Path, groups: ParallelGroups) -> list[str]:

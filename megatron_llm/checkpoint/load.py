@@ -66,7 +66,7 @@ class CheckpointReader:
             target[place].copy_(self._file(chunk.file).get_slice(chunk.name)[inside])
             copied += math.prod(shape)
         if copied != target.numel():
-            raise DamagedCheckpoint(f"{self.path}: {key} has {copied} of the {target.numel()} elements asked for")
+            raise DamagedCheckpoint(self.path, f"{key} has {copied} of the {target.numel()} elements asked for")
 
     def _file(self, name: str) -> Any:
         if name in self._open:

@@ -39,7 +39,11 @@ DELETED = ".deleted"
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be trusted; the text says why."""
+    """A checkpoint that cannot be trusted. `reason` says why, the text also which one."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {folder} is damaged: {reason}")
+        self.reason = reason
 
 
 def step_name(step: int) -> str:
@@ -182,15 +186,15 @@ def read_manifest(folder: Path) -> Manifest:
         data = (folder / MANIFEST).read_bytes()
         digest = (folder / MANIFEST_DIGEST).read_text(encoding="ascii").split()[:1]
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{Path(error.filename).name} is missing") from error
+        raise DamagedCheckpoint(folder, f"{Path(error.filename).name} is missing") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"its manifest cannot be read: {error}") from error
+        raise DamagedCheckpoint(folder, f"its manifest cannot be read: {error}") from error
     if digest != [hashlib.sha256(data).hexdigest()]:
-        raise DamagedCheckpoint(f"{MANIFEST} does not match its digest")
+        raise DamagedCheckpoint(folder, f"{MANIFEST} does not match its digest")
     try:
         return Manifest.from_json(json.loads(data))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} is not valid: {error}") from error
+        raise DamagedCheckpoint(folder, f"{MANIFEST} is not valid: {error}") from error
 
 
 def plain_json(state: Mapping[str, Any]) -> dict[str, Any]:

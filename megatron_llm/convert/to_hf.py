@@ -7,7 +7,6 @@ The folder appears under the asked name when the proof passed. Otherwise what wa
 `<name>.rejected`, and what was there before stays.
 """
 
-import json
 import os
 import re
 import shutil
@@ -144,7 +143,8 @@ def _copy_tokenizer(checkpoint: Path, folder: Path, config: ModelConfig) -> dict
         assert config.vocab_size is not None
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
-                f"the tokenizer saved with {checkpoint} has {tokenizer.vocab_size} entries, the model {config.vocab_size}: they do not belong together"
+                f"the tokenizer saved with {checkpoint} has {tokenizer.vocab_size} entries, the model {config.vocab_size}: "
+                "they do not belong together"
             )
         end = tokenizer.eod_id
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
@@ -190,7 +190,7 @@ def _weight(reader: CheckpointReader, spec: TensorSpec) -> Tensor:
     changes = tensors[spec.name].dtype != dtype_name(spec.dtype)
     source = reader.read(MAIN + spec.name if changes and MAIN + spec.name in tensors else spec.name)
     weight = source.to(spec.dtype)
-    if not bool(torch.isfinite(weight).all()) and bool(torch.isfinite(source).all()):
+    if changes and not bool(torch.isfinite(weight).all()) and bool(torch.isfinite(source).all()):
         raise UserError(
             f"{spec.name} has values up to {source.abs().max().item():g}, too large for --dtype {dtype_name(spec.dtype)}: use bfloat16"
         )
@@ -234,7 +234,10 @@ def _report(
 def _differences(comparison: Comparison) -> str:
     if comparison.shapes[0] != comparison.shapes[1]:
         return f"logits have shape {list(comparison.shapes[1])}, expected {list(comparison.shapes[0])}"
-    return f"largest logit difference {comparison.largest_difference:.3g}, tolerance {comparison.tolerance:.3g}, KL divergence {comparison.kl:.3g}"
+    return (
+        f"largest logit difference {comparison.largest_difference:.3g} (tolerance {comparison.tolerance:.3g}), "
+        f"KL divergence {comparison.kl:.3g}"
+    )
 
 
 def _summary(save: Path, result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_llm.checkpoint.exchange import attempt
 from megatron_llm.checkpoint.whole_model import load_whole_model
 from megatron_llm.utils.errors import UserError
 
@@ -77,10 +78,11 @@ def verify_export(folder: Path, checkpoint: Path, dtype: torch.dtype, tolerance:
 def _open_with_transformers(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+    loader: Any = AutoModelForCausalLM
+    opened, error = attempt(lambda: loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True))
+    if error is not None or opened is None:
         raise UserError(f"transformers cannot open the exported folder: {type(error).__name__}: {error}") from error
+    model, info = opened
     problems = [
         f"{kind} {sorted(map(str, info[kind]))[:5]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     ]

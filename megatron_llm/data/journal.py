@@ -33,9 +33,9 @@ class Counts:
 class Entry:
     """A point at which everything before is on the disk.
 
-    `file` is the number of the input file being read and `position` the place in it; `inputs` the fingerprint of the
-    files up to and with it; `consumed` the bytes of all files read. `marks` says how far each key's writer is. `finished`: all input is read and the indices
-    are written, only moving the files to their place is left.
+    `file` is the number of the input file being read and `position` the place in it, `inputs` the fingerprint of the
+    files up to and with it, `consumed` the bytes of all files read. `marks` says how far each key's writer is.
+    `finished`: all input is read and the indices are written, only moving the files to their place is left.
     """
 
     file: int

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_llm import __version__
 from megatron_llm.data.encoder import EncodedBlock, EncoderRecipe
@@ -21,9 +22,10 @@ from megatron_llm.data.preprocess_output import WorkFolder
 from megatron_llm.data.records import iterate_texts
 from megatron_llm.data.sentences import SentenceSplitter, build_splitter
 from megatron_llm.data.sidecar import Sidecar
-from megatron_llm.data.sources import Block, InputFile, Position, describe, find_inputs, read_blocks
+from megatron_llm.data.sources import BLOCK_BYTES, Block, InputFile, Position, describe, find_inputs, read_blocks
 from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_llm.data.worker_pool import WorkerPool
+from megatron_llm.utils.compressed import is_compressed
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.progress import Progress
 
@@ -79,9 +81,11 @@ def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
         raise UserError(
             f"--append-eod: the {tokenizer.kind} {tokenizer.model} has no end-of-document token; leave the flag out or use another"
         )
+    size = sum(file.size for file in files)
     workers = len(os.sched_getaffinity(0)) if settings.workers is None else settings.workers
-    consumed = sum(file.size for file in files)
-    with Progress("preprocessing", consumed, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
+    if size < BLOCK_BYTES and not any(is_compressed(file.path) for file in files):
+        workers = 0  # a single block: starting processes would take longer than the work
+    with Progress("preprocessing", size, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
         progress.say(f"input: {describe(files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers} workers")
         splitter = _splitter(settings, files, progress)
         run = _Run(settings, files, tokenizer, splitter, progress)
@@ -123,9 +127,9 @@ class _Run:
         self._settings, self._files, self._tokenizer, self._progress = settings, files, tokenizer, progress
         self._recipe = EncoderRecipe(settings.tokenizer, settings.json_keys, settings.append_eod, splitter)
         self._names = {key: settings.dataset_prefix(key) for key in settings.json_keys}
-        self._starts = [sum(file.size for file in files[:index]) for index in range(len(files))]
+        self._starts = [0, *accumulate(file.size for file in files)]
         self._counts = Counts()
-        self._shown = 0
+        self._bad_shown = self._logged = 0
 
     def execute(self, workers: int) -> PreprocessSummary:
         """Read, encode, write, put into place."""
@@ -142,7 +146,7 @@ class _Run:
                 self._write(work, pool.map(self._blocks(entry)))
             marks = work.marks
             self._refuse_nothing(work, marks)
-            work.finish(sum(file.size for file in self._files), self._counts, {key: self._sidecar(mark) for key, mark in marks.items()})
+            work.finish(self._starts[-1], self._counts, {key: self._sidecar(mark) for key, mark in marks.items()})
             return self._summary(marks)
 
     def _go_on(self, entry: Entry) -> None:
@@ -159,20 +163,31 @@ class _Run:
 
     def _write(self, work: WorkFolder, results: Iterator[EncodedBlock]) -> None:
         committed = time.monotonic()
-        logged = self._counts.documents
-        for result in results:
-            self._report_bad(result)
-            work.add(result.texts)
-            self._count(result)
-            done = self._starts[result.file] + result.consumed
-            self._progress.update(done, documents=self._counts.documents, tokens=self._counts.tokens)
-            interval = self._settings.log_interval
-            if interval is not None and self._counts.documents - logged >= interval:
-                logged = self._counts.documents
-                self._progress.show()
-            if time.monotonic() - committed >= self._settings.resume_seconds:
-                work.commit(result.file, result.end, done, self._counts)
-                committed = time.monotonic()
+        last: EncodedBlock | None = None
+        try:
+            for result in results:
+                self._report_bad(result)
+                work.add(result.texts)
+                last = result
+                self._count(result)
+                self._show(result)
+                if time.monotonic() - committed >= self._settings.resume_seconds:
+                    self._commit(work, result)
+                    committed = time.monotonic()
+        except (UserError, KeyboardInterrupt):
+            if last is not None:
+                self._commit(work, last)
+            raise
+
+    def _commit(self, work: WorkFolder, result: EncodedBlock) -> None:
+        work.commit(result.file, result.end, self._starts[result.file] + result.consumed, self._counts)
+
+    def _show(self, result: EncodedBlock) -> None:
+        counts, interval = self._counts, self._settings.log_interval
+        self._progress.update(self._starts[result.file] + result.consumed, documents=counts.documents, tokens=counts.tokens)
+        if interval is not None and counts.documents - self._logged >= interval:
+            self._logged = counts.documents
+            self._progress.show()
 
     def _count(self, result: EncodedBlock) -> None:
         documents = sum(len(encoded.sequences) for encoded in result.texts.values())
@@ -185,11 +200,11 @@ class _Run:
             place = f"{result.path}, {result.unit} {number}: {reason}"
             if self._settings.on_error == "fatal":
                 raise UserError(f"{place}; correct it, or pass over such lines with --on-error skip (what is done so far is kept)")
-            if self._shown < BAD_LINES_SHOWN:
+            if self._bad_shown < BAD_LINES_SHOWN:
                 self._progress.say(f"skipped {place}")
-            elif self._shown == BAD_LINES_SHOWN:
+            elif self._bad_shown == BAD_LINES_SHOWN:
                 self._progress.say("skipped more bad lines, which are only counted from here on")
-            self._shown += 1
+            self._bad_shown += 1
 
     def _refuse_nothing(self, work: WorkFolder, marks: dict[str, Marks]) -> None:
         for key, mark in marks.items():

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.optional import available, require
 
-TRAINING_CHARACTERS = 4_000_000
+TRAINING_CHARACTERS = 1_000_000
 _PARAMETER_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 # A run of end marks, with the closing quotes and brackets behind it.
 _WIDE_END = re.compile(r"[\u3002\uff01\uff1f\uff61!?\u2026]+[\u201d\u2019\u300d\u300f\uff09\u3011\u300b\")'\]]*")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_llm.parallel.schedules import ActionKind
 from megatron_llm.parallel.simulator import Simulation
-from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.optional import require
 
 COLOURS = {ActionKind.FORWARD: "#4c78a8", ActionKind.BACKWARD: "#f58518"}
 LIGHTEST = 0.35  # opacity of chunk 0; later chunks are darker
@@ -15,13 +15,11 @@ def draw_timeline(simulation: Simulation, title: str, path: Path) -> None:
 
     UserError when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # here, because only this picture needs it; Figure alone needs no display
-    except ImportError:
-        raise UserError("drawing a schedule needs matplotlib: pip install matplotlib") from None
     stages = len(simulation.spans)
     chunks = 1 + max(span.action.chunk for spans in simulation.spans for span in spans)
-    figure = Figure(figsize=(min(40.0, 2.0 + 0.22 * simulation.ticks), 1.6 + 0.5 * stages), layout="constrained")
+    figure = require("matplotlib.figure", purpose="drawing a schedule").Figure(
+        figsize=(min(40.0, 2.0 + 0.22 * simulation.ticks), 1.6 + 0.5 * stages), layout="constrained"
+    )
     axes = figure.add_subplot()
     for stage, spans in enumerate(simulation.spans):
         for span in spans:

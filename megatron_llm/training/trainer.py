@@ -7,6 +7,7 @@ together, so that no rank waits alone for the others.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.parallel.comm import all_reduce
 from megatron_llm.parallel.failure import PhaseTracker
 from megatron_llm.parallel.groups import ParallelGroups
-from megatron_llm.training.callbacks.base import Callback, EvalMetrics, RunInfo, StepMetrics, TrainSummary
+from megatron_llm.training.callbacks.base import CallbackList, EvalMetrics, RunInfo, StepMetrics, TrainSummary
 from megatron_llm.training.engine import NativeEngine
 from megatron_llm.training.sanity import require_agreement
 from megatron_llm.training.signals import ExitMonitor
@@ -39,7 +40,7 @@ class Trainer:
         *,
         train_batches: Iterator[list[Batch]],
         validation_batches: Callable[[], Iterable[Sequence[Batch]]] | None,
-        callbacks: Sequence[Callback],
+        callbacks: CallbackList,
         exit_monitor: ExitMonitor,
         phase: PhaseTracker,
         flops_per_token: float,
@@ -51,6 +52,7 @@ class Trainer:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._saved_step = progress.step if progress.step else -1
         self._validated: tuple[int, float] | None = None
+        self._unannounced: tuple[int, Path] | None = None
 
     @property
     def groups(self) -> ParallelGroups:
@@ -59,10 +61,9 @@ class Trainer:
 
     def run(self, info: RunInfo) -> TrainSummary:
         """Train from where `progress` stands; the summary says why the run ended."""
-        start, began, tokens = self.progress.step, time.monotonic(), 0
-        for callback in self.callbacks:
-            callback.on_train_start(info)
-        reason = "finished"
+        began, tokens = time.monotonic(), 0
+        self.callbacks.on_train_start(info)
+        reason = "all steps are done"
         while self.progress.step < self.config.train.train_iters:
             tokens += self._step()
             leaving = self._leaving()
@@ -76,16 +77,15 @@ class Trainer:
                 break
         self.phase.enter("finishing the last checkpoint", self.progress.step)
         self.snapshots.wait()
+        self._announce(None)
         summary = TrainSummary(
-            reason=reason,
             step=self.progress.step,
-            steps=self.progress.step - start,
-            tokens=tokens,
+            finished=self.progress.step >= self.config.train.train_iters,
+            reason=reason,
             seconds=time.monotonic() - began,
-            validation_loss=self._validated[1] if self._validated else None,
+            tokens=tokens,
         )
-        for callback in self.callbacks:
-            callback.on_train_end(summary)
+        self.callbacks.on_train_end(summary)
         return summary
 
     def _step(self) -> int:
@@ -118,8 +118,7 @@ class Trainer:
             tokens_per_second=rate,
             mfu=rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,
         )
-        for callback in self.callbacks:
-            callback.on_step_end(metrics)
+        self.callbacks.on_step_end(metrics)
         return tokens
 
     def _evaluate(self) -> None:
@@ -132,20 +131,25 @@ class Trainer:
         self._validated = (self.progress.step, loss)
         best = self.progress.best_validation_loss
         self.progress.best_validation_loss = loss if best is None else min(best, loss)
-        metrics = EvalMetrics(step=self.progress.step, loss=loss, perplexity=math.exp(min(loss, 700.0)))
-        for callback in self.callbacks:
-            callback.on_evaluation(metrics)
+        self.callbacks.on_evaluation(EvalMetrics(step=self.progress.step, loss=loss, perplexity=math.exp(min(loss, 700.0))))
 
     def _save(self) -> None:
         if self._saved_step == self.progress.step:
             return
         self.phase.enter("saving", self.progress.step)
-        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         validated = self._validated[1] if self._validated and self._validated[0] == self.progress.step else None
-        path = self.snapshots.save(self.progress, states, validated)
+        path = self.snapshots.save(self.progress, self.callbacks.state_dict(), validated)
         self._saved_step = self.progress.step
-        for callback in self.callbacks:
-            callback.on_checkpoint(self.progress.step, path)
+        # In the background only the save before this one is known to be on the disk.
+        self._announce((self.progress.step, path))
+        if not self.config.checkpoint.async_save:
+            self._announce(None)
+
+    def _announce(self, saved: tuple[int, Path] | None) -> None:
+        """Tell the callbacks of the save before, and keep this one to be told of when it is complete."""
+        if self._unannounced is not None:
+            self.callbacks.on_checkpoint(self._unannounced[0], str(self._unannounced[1]))
+        self._unannounced = saved
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0

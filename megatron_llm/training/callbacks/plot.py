@@ -31,7 +31,7 @@ class PlotCallback(Callback):
         self.path = Path(folder) / FILE_NAME
         self._log = Path(log) if log is not None else None
         self._clock = clock
-        self._series = {key: Series() for key in (*STEP_KEYS, *EVALUATION_KEYS)}
+        self._series = {key: Series(average=key != "loss_scale") for key in (*STEP_KEYS, *EVALUATION_KEYS)}
         self._title = ""
         self._last_drawn, self._cost = clock(), 0.0
 

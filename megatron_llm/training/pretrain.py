@@ -1,0 +1,136 @@
+"""Pretraining from flags to the last checkpoint: what `tools/pretrain.py` runs on every rank.
+
+Read top to bottom: understand the flags, join the other ranks, build, restore, train.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_llm.config.flags import parse_run_config
+from megatron_llm.config.resolve import advice, resolve
+from megatron_llm.config.schema import RunConfig
+from megatron_llm.kernels.dispatch import torch_kernels
+from megatron_llm.models.registry import get_family
+from megatron_llm.optim.lr_schedule import learning_rate, warmup_iters
+from megatron_llm.parallel.comm import all_reduce, barrier
+from megatron_llm.parallel.failure import PhaseTracker, rank_guard
+from megatron_llm.parallel.groups import ParallelGroups
+from megatron_llm.parallel.placement import get_placement
+from megatron_llm.training.callbacks.base import CallbackList, RunInfo, TrainSummary
+from megatron_llm.training.callbacks.registry import build_callbacks
+from megatron_llm.training.engine import NativeEngine, model_dtype
+from megatron_llm.training.flops import PeakFlops, flops_per_token, peak_flops
+from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
+from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, usable_cores
+from megatron_llm.training.signals import ExitMonitor, SignalWatcher
+from megatron_llm.training.snapshots import Snapshots
+from megatron_llm.training.trainer import Trainer
+from megatron_llm.utils.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags and train. Mistakes that every rank sees alike are told by the first rank of each machine only."""
+    launch = Launch.from_environment(os.environ)
+    try:
+        config = parse_run_config(argv)
+        device = choose_device(config.parallel, launch)
+        identity = identify(config)
+        family = get_family(config.model.model)
+        config = resolve(with_vocabulary(config, identity.vocab_size), launch.world_size, family.violations)
+    except UserError:
+        if launch.local_rank == 0:
+            raise
+        raise SystemExit(1) from None
+    torch.set_num_threads(choose_threads(config.train.num_threads, launch, usable_cores()))
+    train(config, identity, launch, device)
+
+
+def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.device) -> TrainSummary:
+    """Run a resolved configuration on this rank, together with all others."""
+    with SignalWatcher() as signals:
+        monitor = ExitMonitor(config.train.exit_duration_in_mins, config.train.exit_interval, signals)
+        phase = PhaseTracker()
+        with distributed(config.parallel, launch, device) as groups, rank_guard(groups, phase), _tokenizer_folder(identity, groups) as folder:
+            say = _speaker(groups)
+            phase.enter("building the model")
+            engine = NativeEngine(config, get_family(config.model.model), groups)
+            phase.enter("loading the checkpoint")
+            snapshots = Snapshots(config, engine, tokenizer=folder, tokenizer_fingerprint=identity.fingerprint, report=say)
+            progress, callback_states = snapshots.restore()
+            phase.enter("opening the dataset")
+            inputs = Inputs(config, identity, groups, say)
+            barrier(groups.world)
+            callbacks = CallbackList(build_callbacks(config, groups.rank))
+            callbacks.load_state_dict(callback_states)
+            peak = peak_flops(device, model_dtype(config), torch.get_num_threads(), launch.local_world_size)
+            trainer = Trainer(
+                config,
+                engine,
+                snapshots,
+                progress,
+                train_batches=inputs.train_batches(progress.consumed_samples),
+                validation_batches=inputs.validation_batches(),
+                callbacks=callbacks,
+                exit_monitor=monitor,
+                phase=phase,
+                flops_per_token=flops_per_token(config.model, config.train.seq_length),
+                peak_flops=peak.total(groups.world.size),
+            )
+            return trainer.run(_describe(config, engine, progress.step, peak))
+
+
+def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: PeakFlops) -> RunInfo:
+    """What the console's header and the logs say about the run."""
+    groups, parallel = engine.groups, config.parallel
+    words = [f"{name.upper()} {size}" for name, size in groups.grid.axes.items()]
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        words.append(f"virtual stages {parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.sequence_parallel:
+        words.append("sequence parallel")
+    if groups.dp.size > 1:
+        words.append("distributed optimizer" if parallel.use_distributed_optimizer else "replicated optimizer")
+    place = f"{groups.world.size} x {groups.device.type}, {torch.get_num_threads()} threads a process"
+    return RunInfo(
+        config=config,
+        start_step=start_step,
+        train_iters=config.train.train_iters,
+        world_size=groups.world.size,
+        parameter_count=count_parameters(engine),
+        layout=f"{', '.join(words)} on {place}",
+        lr_points=_lr_points(config),
+        notes=(f"kernels: {torch_kernels().name}", peak.note, *advice(config, groups.world.size)),
+    )
+
+
+def _lr_points(config: RunConfig) -> tuple[tuple[int, float], ...]:
+    """The learning rate of the first and the last step, at the end of the warm-up and half-way: enough to see a wrong curve."""
+    last = config.train.train_iters
+    warm = min(last, round(warmup_iters(config.optimizer, last)) + 1)
+    return tuple((step, learning_rate(config.optimizer, step - 1, last)) for step in sorted({1, warm, (last + 1) // 2, last}))
+
+
+def count_parameters(engine: NativeEngine) -> int:
+    """True parameters of the whole model, each once: no padding, no replicas, no tied copies. Collective over the model."""
+    parameters = dict.fromkeys(parameter for chunk in engine.chunks for parameter in chunk.parameters())
+    mine = sum(end - start for parameter in parameters for start, end in get_placement(parameter).counted())
+    return int(all_reduce(torch.tensor(mine, device=engine.groups.device), engine.groups.model).item())
+
+
+def _speaker(groups: ParallelGroups) -> Callable[[str], None]:
+    """Prints on rank 0, is silent elsewhere."""
+    return (lambda line: print(line, flush=True)) if groups.rank == 0 else (lambda line: None)
+
+
+@contextmanager
+def _tokenizer_folder(identity: Identity, groups: ParallelGroups) -> Iterator[Path | None]:
+    """The tokenizer's files in a temporary folder on rank 0, which copies them into each checkpoint; None elsewhere."""
+    if groups.rank != 0 or identity.tokenizer is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_llm-tokenizer-") as folder:
+        yield save_tokenizer(identity.tokenizer, Path(folder))
