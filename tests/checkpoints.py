@@ -40,8 +40,9 @@ def save_random_model(
     config: ModelConfig,
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
+    scale: float = 1.0,
 ) -> Path:
-    """Save a model as initialised, with norms and biases made random too, and its optimizer, as step 7."""
+    """Save a model as initialised, its matrices times `scale` and its norms made random, and its optimizer, as step 7."""
     family = get_family(config.model)
     chunks = build_chunks(family, config, groups, torch_kernels(), ModelOptions(seed=5, dtype=dtype))
     sync = GradSync(chunks, groups, shard=True, overlap=False, bucket_size=20_000)
@@ -49,7 +50,9 @@ def save_random_model(
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                if parameter.dim() == 1 and "norm" in name:  # biases of split layers differ between TP ranks: left alone
+                if parameter.dim() == 2:
+                    parameter.mul_(scale)
+                elif "norm" in name:  # biases of split layers differ between TP ranks: left alone
                     noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                     parameter.add_(0.3 * noise.to(parameter))
     optimizer.read_parameters()

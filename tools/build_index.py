@@ -35,15 +35,15 @@ def main() -> None:
     parser.add_argument("--train-samples", type=int, help="training samples, instead of --train-iters and --global-batch-size")
     parser.add_argument("--valid-samples", type=int, default=0, help="validation samples, with --train-samples (default 0: none)")
     args = parser.parse_args()
+    steps = args.train_iters is not None and args.global_batch_size is not None
+    if args.train_samples is None and not steps:
+        raise UserError("give --train-iters and --global-batch-size, or --train-samples")
 
     from megatron_llm.data.build import SampleCounts, build_datasets, sample_counts  # torch is not needed for --help
 
-    if args.train_samples is not None:
-        counts = SampleCounts(args.train_samples, args.valid_samples, 0)
-    elif args.train_iters is not None and args.global_batch_size is not None:
+    counts = SampleCounts(args.train_samples, args.valid_samples)
+    if args.train_samples is None:
         counts = sample_counts(args.train_iters, args.global_batch_size, args.eval_iters)
-    else:
-        raise UserError("give --train-iters and --global-batch-size, or --train-samples")
     config = DataConfig(data_path=args.data_path, split=args.split, data_cache_path=args.data_cache_path)
     build_datasets(config, counts, seq_length=args.seq_length, seed=args.seed)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_llm import __version__
+from megatron_llm.checkpoint.exchange import attempt
 from megatron_llm.checkpoint.find import find_latest
 from megatron_llm.checkpoint.load import CheckpointReader
 from megatron_llm.checkpoint.manifest import TOKENIZER, Manifest
@@ -155,7 +156,9 @@ def _check_keys(specs: Sequence[TensorSpec], hf_config: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config))
+        model, error = attempt(lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config)))
+    if model is None:
+        raise UserError(f"transformers refuses the model's configuration: {error}") from error
     expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     found = {spec.name: spec.shape for spec in specs}
     wrong = [

@@ -102,7 +102,7 @@ class GPTDataset:
     def __getitem__(self, index: int) -> Sample:
         ids = self.text(index)
         if self.options.extra_token:
-            tokens, labels = ids[:-1].copy(), ids[1:].copy()
+            tokens, labels = ids[:-1], ids[1:]
         else:
             tokens, labels = ids, np.append(ids[1:], PADDING)
         options = self.options
@@ -123,6 +123,5 @@ class GPTDataset:
         if labels[-1] == PADDING:
             padded = labels == PADDING
             loss_mask = np.where(padded, np.float32(0.0), loss_mask)
-            labels[padded] = 0
-            tokens[tokens == PADDING] = 0
+            tokens, labels = np.maximum(tokens, 0), np.maximum(labels, 0)
         return Sample(tokens, labels, loss_mask, positions, documents)

@@ -42,7 +42,9 @@ from megatron_llm.parallel.grid import Grid
 from megatron_llm.utils.errors import UserError
 
 CONSEQUENCE = re.compile(r"gloo|nccl|connection|socket|time[d ]*out|broken pipe", re.IGNORECASE)
+SETTLE_BEATS = 3.5  # intervals in which a live rank surely shows itself
 LEAVE_TIME = 10.0  # seconds an interpreter gets to shut down after a failure
+DIED = "died without a word (killed, out of memory, or its machine is lost)"
 
 
 class Phase(NamedTuple):
@@ -134,11 +136,12 @@ class Guard:
     ) -> None:
         self.grid, self.rank, self.phase = grid, rank, phase
         self.timeout, self.interval, self.dead_after = timeout, interval, dead_after
-        self.store = dist.PrefixStore("rank_guard", store).clone()  # its own connection: the first may be held by a long wait
+        self.store = dist.PrefixStore("rank_guard", store.clone())  # type: ignore[attr-defined]  # own connection: a wait holds the other
         self.state = "running"
         self.number = 0
         self.stopped = threading.Event()
         self.leave_by: float | None = None
+        self.lock = threading.Lock()
         self.seen: tuple[int, float] = (-1, time.monotonic())  # the neighbour's last beat and when it was new
         self.thread = threading.Thread(target=self.watch, name="rank_guard", daemon=True)
 
@@ -161,10 +164,11 @@ class Guard:
 
     def show(self) -> None:
         """Publish this rank's beat."""
-        now = self.phase.now
-        beat = Beat(self.number, socket.gethostname(), os.getpid(), self.state == "running", str(now), time.monotonic() - now.since)
-        self.number += 1
-        self.store.set(f"beat/{self.rank}", json.dumps(beat))
+        with self.lock:  # so that no older state overwrites a newer one
+            now = self.phase.now
+            beat = Beat(self.number, socket.gethostname(), os.getpid(), self.state == "running", str(now), time.monotonic() - now.since)
+            self.number += 1
+            self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def beat_of(self, rank: int) -> Beat | None:
         """A rank's last beat; None when it has not started."""
@@ -195,9 +199,13 @@ class Guard:
         if beat is None or not beat.running or beat.number != self.seen[0]:
             self.seen = (beat.number if beat else -1, time.monotonic())
             return None
-        silent = time.monotonic() - self.seen[1]
-        gone = silent > 3 * self.interval and beat.host == socket.gethostname() and not process_exists(beat.pid)
-        return self.publish(self.about(neighbour, beat.where, DIED)) if gone or silent > self.dead_after else None
+        gone = self.is_gone(beat, time.monotonic() - self.seen[1], self.dead_after)
+        return self.publish(self.about(neighbour, beat.where, DIED)) if gone else None
+
+    def is_gone(self, beat: Beat, silent: float, dead_after: float) -> bool:
+        """Whether the rank of an unchanged beat is dead: on this machine its process tells, elsewhere the length of the silence."""
+        here = beat.host == socket.gethostname()
+        return not process_exists(beat.pid) if here and silent > 2 * self.interval else silent > dead_after
 
     def find_hang(self) -> Failure | None:
         """When this rank is over its time, publish the rank that has been longest in its phase: the others wait for it."""
@@ -219,20 +227,21 @@ class Guard:
     def find_cause(self, error: BaseException) -> Failure | None:
         """What made this rank's connections fail: a published failure, a rank that fell silent, or one that hangs."""
         before = [self.beat_of(rank) for rank in range(self.grid.world_size)]
-        end = time.monotonic() + 3.5 * self.interval
+        settle = SETTLE_BEATS * self.interval
+        end = time.monotonic() + settle
         while time.monotonic() < end:
             failure = self.published()
             if failure is not None:
                 return failure
             time.sleep(self.interval / 4)
         for rank, beat in enumerate(before):
-            if beat is not None and beat.running and rank != self.rank and beat == self.beat_of(rank):
+            if beat is not None and beat.running and beat == self.beat_of(rank) and self.is_gone(beat, settle, settle):
                 return self.about(rank, beat.where, DIED)
         return self.longest_in_phase() if "time" in str(error).lower() else None
 
     def leave(self, error: BaseException) -> None:
         """Publish, print one line (and the stack of a defect), and leave with SystemExit."""
-        self.leave_by = time.monotonic() + 3.5 * self.interval + LEAVE_TIME
+        self.leave_by = time.monotonic() + 2 * SETTLE_BEATS * self.interval + LEAVE_TIME
         where = str(self.phase.now)
         text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
         mine = first = self.about(self.rank, where, text)
@@ -245,6 +254,7 @@ class Guard:
         if first == mine:
             stack = "" if expected else "".join(traceback.format_exception(error))
             print(f"{stack}{first}", file=sys.stderr, flush=True)
+            time.sleep(1.5 * self.interval)  # the others hear of it before a launcher ends them, or the store ends with us
         elif first.error != mine.error:  # the same bad input on every rank is told once
             print(f"{self.grid.describe(self.rank)} leaves {where} ({first_line(error)}): {first}", file=sys.stderr, flush=True)
         raise SystemExit(error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1) from None
@@ -263,6 +273,7 @@ class Guard:
         self.phase.enter("wait for the other ranks to finish")
         self.state = "done"
         try:
+            self.show()
             done = self.store.add("done", 1)
             while done < self.grid.world_size:
                 time.sleep(self.interval / 4)
@@ -271,9 +282,6 @@ class Guard:
             pass  # the host of the store left: it does so only when all are done
         self.stopped.set()
         self.thread.join()
-
-
-DIED = "died without a word (killed, out of memory, or its machine is lost)"
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -289,13 +297,14 @@ def first_line(error: BaseException) -> str:
 
 
 def process_exists(pid: int) -> bool:
-    """Whether a process of this machine is there (a zombie counts until it is reaped)."""
+    """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.is_dir():
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # no /proc, as on macOS
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
 
 

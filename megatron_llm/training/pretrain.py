@@ -18,19 +18,21 @@ from megatron_llm.kernels.dispatch import torch_kernels
 from megatron_llm.models.registry import get_family
 from megatron_llm.optim.lr_schedule import learning_rate, warmup_iters
 from megatron_llm.parallel.comm import all_reduce, barrier
-from megatron_llm.parallel.failure import PhaseTracker, rank_guard
+from megatron_llm.parallel.failure import PhaseTracker
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.parallel.placement import get_placement
 from megatron_llm.training.callbacks.base import CallbackList, RunInfo, TrainSummary
 from megatron_llm.training.callbacks.registry import build_callbacks
 from megatron_llm.training.engine import NativeEngine, model_dtype
-from megatron_llm.training.flops import PeakFlops, flops_per_token, peak_flops
+from megatron_llm.training.flops import Peak, flops_per_token, local_peak
 from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
 from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, usable_cores
 from megatron_llm.training.signals import ExitMonitor, SignalWatcher
 from megatron_llm.training.snapshots import Snapshots
 from megatron_llm.training.trainer import Trainer
 from megatron_llm.utils.errors import UserError
+
+_LONG = 3600.0  # seconds that what happens once, before the first step, may take
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,19 +57,19 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
     with SignalWatcher() as signals:
         monitor = ExitMonitor(config.train.exit_duration_in_mins, config.train.exit_interval, signals)
         phase = PhaseTracker()
-        with distributed(config.parallel, launch, device) as groups, rank_guard(groups, phase), _tokenizer_folder(identity, groups) as folder:
+        with distributed(config.parallel, launch, device, phase) as groups, _tokenizer_folder(identity, groups) as folder:
             say = _speaker(groups)
-            phase.enter("building the model")
+            phase.enter("building the model", patience=_LONG)
             engine = NativeEngine(config, get_family(config.model.model), groups)
-            phase.enter("loading the checkpoint")
+            phase.enter("loading the checkpoint", patience=_LONG)
             snapshots = Snapshots(config, engine, tokenizer=folder, tokenizer_fingerprint=identity.fingerprint, report=say)
             progress, callback_states = snapshots.restore()
-            phase.enter("opening the dataset")
+            phase.enter("opening the dataset", patience=_LONG)
             inputs = Inputs(config, identity, groups, say)
             barrier(groups.world)
             callbacks = CallbackList(build_callbacks(config, groups.rank))
             callbacks.load_state_dict(callback_states)
-            peak = peak_flops(device, model_dtype(config), torch.get_num_threads(), launch.local_world_size)
+            peak = local_peak(device, model_dtype(config))
             trainer = Trainer(
                 config,
                 engine,
@@ -78,13 +80,13 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
                 callbacks=callbacks,
                 exit_monitor=monitor,
                 phase=phase,
-                flops_per_token=flops_per_token(config.model, config.train.seq_length),
-                peak_flops=peak.total(groups.world.size),
+                flops_per_token=flops_per_token(config.model, config.train.seq_length, gated_mlp=engine.family.gated_mlp),
+                peak_flops=_total_peak(peak, groups),
             )
-            return trainer.run(_describe(config, engine, progress.step, peak))
+            return trainer.run(_describe(config, engine, progress.step, f"MFU against {peak.source}"))
 
 
-def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: PeakFlops) -> RunInfo:
+def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: str) -> RunInfo:
     """What the console's header and the logs say about the run."""
     groups, parallel = engine.groups, config.parallel
     words = [f"{name.upper()} {size}" for name, size in groups.grid.axes.items()]
@@ -103,8 +105,15 @@ def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: Pe
         parameter_count=count_parameters(engine),
         layout=f"{', '.join(words)} on {place}",
         lr_points=_lr_points(config),
-        notes=(f"kernels: {torch_kernels().name}", peak.note, *advice(config, groups.world.size)),
+        notes=(f"kernels: {torch_kernels().name}", peak, *advice(config, groups.world.size)),
     )
+
+
+def _total_peak(peak: Peak, groups: ParallelGroups) -> float | None:
+    """FLOP/s of all ranks together; None when that of any rank is not known."""
+    flops = torch.tensor([peak.flops or 0.0, float(peak.flops is None)], dtype=torch.float64, device=groups.device)
+    total, unknown = all_reduce(flops, groups.world).tolist()
+    return total if not unknown else None
 
 
 def _lr_points(config: RunConfig) -> tuple[tuple[int, float], ...]:

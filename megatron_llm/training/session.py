@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llm.config.schema import ParallelConfig
+from megatron_llm.parallel.failure import PhaseTracker, rank_guard
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import ParallelGroups, build_groups, single_process_groups
 from megatron_llm.utils.errors import UserError
@@ -67,11 +68,12 @@ def choose_threads(configured: int | None, launch: Launch, cores: int) -> int:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device) -> Iterator[ParallelGroups]:
+def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device, phase: PhaseTracker) -> Iterator[ParallelGroups]:
     """The groups of this process for the block's duration.
 
-    Sets the GPU, initialises `torch.distributed` when there is more than one process, and takes it down again. On an
-    error the process group is left alone: taking it down would wait for ranks that may never come.
+    Sets the GPU, initialises `torch.distributed` when there is more than one process, guards the block (any rank's
+    failure ends all, and the first is named), and takes the process group down again. On an error it is left alone:
+    taking it down would wait for ranks that may never come.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,11 +84,16 @@ def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device) 
     backend = parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=parallel.distributed_timeout_seconds)
-    if not dist.is_initialized():
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-    yield build_groups(grid, device, timeout)
-    dist.destroy_process_group()
+    seconds = parallel.distributed_timeout_seconds
+    # A little longer than the guard's, which knows more about what went wrong and so should speak first.
+    timeout = timedelta(seconds=seconds + 60)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    with rank_guard(grid, rank, store, phase, timeout=seconds):
+        phase.enter("meeting the other ranks")
+        dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=world_size, timeout=timeout)
+        yield build_groups(grid, device, timeout)
+        phase.enter("leaving")
+        dist.destroy_process_group()
 
 
 def usable_cores() -> int:

@@ -75,7 +75,7 @@ class Trainer:
             if leaving and not last:
                 reason = leaving
                 break
-        self.phase.enter("finishing the last checkpoint", self.progress.step)
+        self.phase.enter("finishing the last checkpoint", step=self.progress.step)
         self.snapshots.wait()
         self._announce(None)
         summary = TrainSummary(
@@ -93,9 +93,9 @@ class Trainer:
         config, progress = self.config, self.progress
         assert config.train.global_batch_size is not None, "the configuration must be resolved"
         began = time.perf_counter()
-        self.phase.enter("reading data", progress.step + 1)
+        self.phase.enter("reading data", step=progress.step + 1)
         batches = next(self.train_batches)
-        self.phase.enter("training", progress.step + 1)
+        self.phase.enter("training")
         lr = learning_rate(config.optimizer, progress.step, config.train.train_iters)
         outcome = self.engine.train_step(batches, step=progress.step, first_sample=progress.consumed_samples, lr=lr)
         progress.step += 1
@@ -124,7 +124,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.validation_batches is None:
             return
-        self.phase.enter("evaluating", self.progress.step)
+        self.phase.enter("evaluating", step=self.progress.step)
         loss = self.engine.evaluate(self.validation_batches())
         if loss is None:
             return
@@ -136,7 +136,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.progress.step:
             return
-        self.phase.enter("saving", self.progress.step)
+        self.phase.enter("saving", step=self.progress.step)
         validated = self._validated[1] if self._validated and self._validated[0] == self.progress.step else None
         path = self.snapshots.save(self.progress, self.callbacks.state_dict(), validated)
         self._saved_step = self.progress.step

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_llm.parallel.grad_sync import GradSync
 from megatron_llm.parallel.groups import ParallelGroups
@@ -43,7 +44,7 @@ def all_variants(groups: ParallelGroups, count: int, dtype: torch.dtype) -> list
     return [reduced(groups, *variant, count, dtype, announce=True) for variant in VARIANTS]
 
 
-def expected(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def expected(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     values = {key: initial(key) for key in SHAPES}
     return single_process_gradients(values, range(SAMPLES), dtype)
 
@@ -127,6 +128,26 @@ def test_reduction_overlaps_and_waits_in_order_for_a_missing_gradient() -> None:
     assert complete[0] == ("launched", 0, total), "with every gradient there, all buckets start during the last backward"
     assert lacking[0][1] == 0
     assert lacking[0][2] < total, "buckets behind the one that lacks a gradient wait for finish"
+
+
+def against_the_order(groups: ParallelGroups) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients that arrive in the opposite of the buckets' order, and what they should sum to."""
+    chunk = ToyChunk(["mlp", "embedding"], groups)
+    sync = GradSync([chunk], groups, shard=False, overlap=True, bucket_size=10)
+    sync.start_reduction(0)
+    (chunk.embedding.sum().tanh() * chunk.mlp.sum()).backward()  # type: ignore[operator, union-attr]
+    sync.finish()
+    with torch.no_grad():
+        total = chunk.embedding.sum()  # type: ignore[operator, union-attr]
+        mlp = total.tanh() * groups.dp.size
+        embedding = (1 - total.tanh() ** 2) * chunk.mlp.sum() * groups.dp.size  # type: ignore[operator, union-attr]
+    found = [chunk.mlp.main_grad[0, 0].clone(), chunk.embedding.main_grad[0, 0].clone()]  # type: ignore[union-attr, index]
+    return found, [mlp, embedding]
+
+
+def test_a_bucket_that_is_complete_too_early_waits_for_its_turn() -> None:
+    for found, wanted in run_ranks(against_the_order, dp=2):
+        torch.testing.assert_close(found, wanted)
 
 
 def misuse(groups: ParallelGroups) -> list[str]:

@@ -155,7 +155,7 @@ def test_keys_that_transformers_does_not_expect_are_refused_without_the_proof(tm
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path: Path) -> None:
-    save_random_model(GROUPS, tmp_path / "ck", small_model("llama", init_method_std=1e5))
+    save_random_model(GROUPS, tmp_path / "ck", small_model("llama"), scale=1e6)
     with pytest.raises(UserError, match="too large for --dtype float16: use bfloat16"):
         export_to_hf(tmp_path / "ck", tmp_path / "hf", ExportOptions(dtype="float16", verify=False), quiet)
     assert not (tmp_path / "hf").exists()

@@ -158,9 +158,7 @@ def test_workers_read_a_corpus_like_the_training_process(tmp_path: Path) -> None
 
 def test_each_evaluation_reads_the_same_first_samples() -> None:
     def evaluate(count: int, batches: int, dp: tuple[int, int] = (0, 1)) -> list[list[int]]:
-        found = evaluation_batches(
-            Numbered(count), micro_batch_size=2, global_batch_size=8, dp_rank=dp[0], dp_size=dp[1], batches=batches
-        )
+        found = evaluation_batches(Numbered(count), micro_batch_size=2, global_batch_size=8, dp_rank=dp[0], dp_size=dp[1], batches=batches)
         return [numbers(batch) for batch in found]
 
     assert evaluate(100, 2) == evaluate(100, 2) == [list(range(8)), list(range(8, 16))]

@@ -145,8 +145,16 @@ def test_native_refuses_what_it_would_misread() -> None:
 def test_lengths_mapped_from_an_unaligned_offset_are_read_rightly() -> None:
     lengths = np.frombuffer(b"xx" + np.array([3, 4, 5], np.int32).tobytes(), np.int32, 3, 2)
     assert not lengths.flags.aligned
+    documents = np.arange(3, dtype=np.int32)
     for backend in (load_backend(), NUMPY):
-        assert backend.sample_index(lengths, np.arange(3, dtype=np.int32), 2, 5, 1).tolist() == [[0, 0], [0, 2], [1, 1], [1, 3], [2, 1], [2, 3]]
+        assert backend.sample_index(lengths, documents, 2, 5, 1).tolist() == [
+            [0, 0],
+            [0, 2],
+            [1, 1],
+            [1, 3],
+            [2, 1],
+            [2, 3],
+        ]
 
 
 def test_documents_beyond_32_bits_get_a_wide_index() -> None:
