@@ -272,7 +272,9 @@ case $PRECISION in bf16 | fp16) set -- "--$PRECISION" "$@" ;; esac
 [ -z "$CONFIG" ] || set -- --config "$CONFIG" "$@"
 
 # A bad value is told now, in one sentence, not by every rank.
-[ "$DRY_RUN" = 1 ] || "$python" "$HERE/tools/check_config.py" --world-size $((NNODES * GPUS_PER_NODE)) "$@" >/dev/null
+if [ "$DRY_RUN" = 0 ] || [ -e "$VENV/.installed" ]; then
+    "$python" "$HERE/tools/check_config.py" --world-size $((NNODES * GPUS_PER_NODE)) "$@" >/dev/null
+fi
 
 if [ "$NNODES" -eq 1 ]; then
     set -- --standalone --local-addr 127.0.0.1 --nnodes 1 --nproc-per-node "$GPUS_PER_NODE" "$HERE/tools/pretrain.py" "$@"
@@ -311,11 +313,12 @@ if [ "$NODE_RANK" -eq 0 ] && [ -n "$EXPORT_PATH" ]; then
     fi
     echo "== sample"
     "$@"
-    cat <<END
+    [ "$PWD" != "$HERE" ] || prefix="$HERE/" # paths are shown from here
+    sed "s#${prefix:-}##g" <<END
 
 Done in $(($(date +%s) - started)) s. What lies where:
   $CHECKPOINT_PATH    checkpoints, and log.jsonl with one line a step
-  $IMG_LOG_DIR    curves of loss, validation, learning rate, gradient norm, speed
+  $IMG_LOG_DIR    a picture: loss, validation, learning rate, gradient norm, speed
   $EXPORT_PATH    the model for transformers: AutoModelForCausalLM.from_pretrained("$EXPORT_PATH")
 What to type next:
   $(show "$python" "$HERE/tools/generate.py" --load "$CHECKPOINT_PATH" --prompt "A tuple is")

@@ -10,7 +10,7 @@ from megatron_llm.config.schema import DataConfig, TrainConfig
 from megatron_llm.utils.errors import UserError, run_command
 
 EXAMPLE = """example:
-  python tools/build_index.py --data-path demo/data/corpus_text_document --seq-length 256 --train-iters 100 --global-batch-size 16
+  python tools/build_index.py --data-path demo/data/corpus_text_document --seq-length 128 --train-iters 100 --global-batch-size 32
 
 """
 

@@ -27,7 +27,7 @@ lr: 3e-4
 min_lr: 3e-5
 ```
 
-The resolved configuration is saved with every checkpoint as JSON, which `--config` reads too.
+The resolved configuration is saved with every checkpoint: `--config CHECKPOINT/manifest.json` reads it back.
 """
 
 _RULES = """## Rules across settings

@@ -65,7 +65,7 @@ MEGATRON_HINTS: Mapping[str, str] = MappingProxyType(
         "--dataloader-type": "remove it: samples come in one order, whose position is the number of samples consumed",
         "--ckpt-format": "remove it: there is one checkpoint format, and it loads under any layout",
         "--use-dist-ckpt": "remove it: there is one checkpoint format, and it loads under any layout",
-        "--use-checkpoint-args": "remove it: a checkpoint holds its resolved configuration as JSON, which --config reads",
+        "--use-checkpoint-args": "use --config CHECKPOINT/manifest.json, which holds the resolved configuration",
         "--no-load-rng": "remove it: resuming always restores the random streams",
         "--no-save-rng": "remove it: resuming always restores the random streams",
         "--no-save-optim": "remove it: the optimizer state is always saved; --no-load-optim leaves it out on loading",

@@ -153,9 +153,7 @@ class TrainConfig:
     exit_duration_in_mins: float | None = option(None, "save and leave after this many minutes", bounds=POSITIVE)
     exit_interval: int | None = option(None, "save and leave after a step that is a multiple of this", bounds=COUNT)
     compile: bool = option(False, "torch.compile each transformer block")
-    num_threads: int | None = option(
-        None, "torch threads a process on CPU; default 1 when several processes share the machine", bounds=COUNT
-    )
+    num_threads: int | None = option(None, "torch threads of a process; default: an equal share of its machine's cores", bounds=COUNT)
     sanity_checks: bool = option(False, "check at each step that replicated weights and gradients agree between ranks (slow)")
 
 

@@ -5,6 +5,7 @@ that a typo never becomes a silent default. A key that is missing takes its defa
 """
 
 import dataclasses
+import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,36 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The fields a YAML (or JSON) file sets, by field name and checked one by one."""
+    """The fields that a file sets, by field name and checked one by one.
+
+    The file is YAML or, by its suffix, JSON; a checkpoint's manifest.json gives the configuration it was saved with.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"cannot read the configuration file {path}: {reason}") from error
+    json_file = Path(path).suffix == ".json"
     try:
-        values = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = json.loads(text, object_pairs_hook=_unique) if json_file else yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid {'JSON' if json_file else 'YAML'}: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected keys such as num_layers: 4, alone or in sections")
+    if isinstance(values.get("state"), dict) and "config" in values["state"]:
+        values = values["state"]["config"]
     return flatten(values, str(path))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key!r} appears twice")
+        values[key] = value
+    return values
 
 
 def flatten(values: Mapping[str, Any], where: str) -> dict[str, Any]:

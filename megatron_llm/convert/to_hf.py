@@ -193,11 +193,16 @@ def _weight(reader: CheckpointReader, spec: TensorSpec) -> Tensor:
     changes = tensors[spec.name].dtype != dtype_name(spec.dtype)
     source = reader.read(MAIN + spec.name if changes and MAIN + spec.name in tensors else spec.name)
     weight = source.to(spec.dtype)
-    if changes and not bool(torch.isfinite(weight).all()) and bool(torch.isfinite(source).all()):
+    if changes and weight.numel() and not _finite(weight) and _finite(source):
         raise UserError(
             f"{spec.name} has values up to {source.abs().max().item():g}, too large for --dtype {dtype_name(spec.dtype)}: use bfloat16"
         )
     return weight
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite, without a temporary of the tensor's size."""
+    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
 def _transformers_version() -> str:

@@ -5,6 +5,7 @@ stands. Model-specific classes rebuild the tokenizer from its vocabulary and may
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,10 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], end_tok
 def convert_sentencepiece(model: bytes, name: str) -> tuple[Any, dict[str, str]]:
     """A sentencepiece model as a tokenizer of the tokenizers library, and its special tokens by role.
 
-    Exact for BPE and unigram models without Unicode normalisation (LLaMA's, Mistral's). With normalisation (NFKC) ids
-    are equal except where a combining mark or variation selector follows a character that the normalisation replaces:
-    the library then drops the mark. transformers' own conversion orders merges by vocabulary id, not by score, and is
-    not exact.
+    Exact for BPE models without Unicode normalisation (LLaMA's, Mistral's). Unigram models: equally likely cuts of a
+    text, as of a run of spaces, may be decided differently. With normalisation (NFKC) a combining mark or variation
+    selector behind a character that the normalisation replaces is lost. transformers' own conversion is less exact: it
+    orders merges by vocabulary id, not by score.
     """
     tokenizers = require("tokenizers", purpose="converting a sentencepiece model")
     # Importing the module of message classes needs protobuf, which is what fails when something is missing.
@@ -95,15 +96,20 @@ def convert_sentencepiece(model: bytes, name: str) -> tuple[Any, dict[str, str]]
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
         core = tokenizers.models.Unigram(scores, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
     else:
+        # ignore_merges: a stretch of text that is a piece as a whole is that piece (a user-defined one has no merges).
         vocab = {piece: index for index, piece in enumerate(pieces)}
-        core = tokenizers.models.BPE(vocab, _merges(proto, vocab), unk_token=unk, fuse_unk=True, byte_fallback=fallback)
+        core = tokenizers.models.BPE(vocab, _merges(proto, vocab), unk_token=unk, fuse_unk=True, byte_fallback=fallback, ignore_merges=True)
     tokenizer = tokenizers.Tokenizer(core)
     tokenizer.normalizer = _normalizer(tokenizers, proto)
+    defined = sorted((piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED), key=len, reverse=True)
+    if defined:
+        # These are cut out of the normalised text, the longest first; added tokens would be cut out before, and each
+        # rest of the text would get a leading space of its own.
+        pattern = tokenizers.Regex("|".join(re.escape(piece) for piece in defined))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
     tokenizer.decoder = _decoder(tokenizers, proto)
     control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
     tokenizer.add_special_tokens([unk, *control])
-    defined = [tokenizers.AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == _USER_DEFINED]
-    tokenizer.add_tokens(defined)
     roles = {"unk_token": proto.trainer_spec.unk_id, "bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id}
     return tokenizer, {role: pieces[index] for role, index in roles.items() if 0 <= index < len(pieces)}
 

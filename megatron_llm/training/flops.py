@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_llm.config.schema import ModelConfig
+from megatron_llm.utils.progress import amount
 
 # Words of the device's name, then dense TFLOP/s of 16-bit products with fp32 accumulation, then of fp32 without tensor
 # cores. From the vendors' data sheets, without sparsity. The first line whose words are all in the name counts.
@@ -46,7 +47,7 @@ GPU_PEAKS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of one rank's device, None where it is not known; `source` says where the number comes from."""
+    """FLOP/s of one rank's device, None where it is not known; `source` says which and whence, to follow "MFU against"."""
 
     flops: float | None
     source: str
@@ -86,20 +87,22 @@ def local_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), dtype, tf32=torch.get_float32_matmul_precision() != "highest")
     if device.type == "cpu":
-        return Peak(measure_matmul(dtype, seconds), f"measured by {name} matrix products on this machine")
-    return Peak(None, f"no peak is known for {device.type}")
+        flops = measure_matmul(dtype, seconds)
+        return Peak(flops, f"{amount(flops, 'FLOP/s')} a rank, measured by {name} matrix products on this machine")
+    return Peak(None, f"no peak: none is known for {device.type}")
 
 
 def gpu_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> Peak:
     """The peak of a GPU by its name; `tf32`: fp32 products use the tensor cores at half the 16-bit rate."""
     words = set(name.upper().replace("-", " ").split())
-    for wanted, half, single in GPU_PEAKS:
-        if words.issuperset(wanted):
-            if dtype in (torch.bfloat16, torch.float16):
-                return Peak(half * 1e12, f"data sheet of {name}, 16-bit")
-            if dtype == torch.float32:
-                return Peak((half / 2 if tf32 else single) * 1e12, f"data sheet of {name}, {'tf32' if tf32 else 'fp32'}")
-    return Peak(None, f"no peak is known for {name} in {str(dtype).removeprefix('torch.')}")
+    half, single = next(((half, single) for wanted, half, single in GPU_PEAKS if words.issuperset(wanted)), (None, None))
+    if half is None or single is None or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return Peak(None, f"no peak: none is known for {name} in {str(dtype).removeprefix('torch.')}")
+    if dtype == torch.float32:
+        teraflops, kind = (half / 2, "tf32") if tf32 else (single, "fp32")
+    else:
+        teraflops, kind = half, "16-bit"
+    return Peak(teraflops * 1e12, f"{teraflops:g} TFLOP/s a rank, data sheet of {name}, {kind}")
 
 
 def measure_matmul(dtype: torch.dtype, seconds: float = 0.2, size: int = 384, clock: Callable[[], float] = time.perf_counter) -> float:

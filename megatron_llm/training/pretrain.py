@@ -5,6 +5,7 @@ Read top to bottom: understand the flags, join the other ranks, build, restore, 
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError:
         if launch.local_rank == 0:
             raise
+        # The launcher ends all ranks when the first one leaves: that must be the one that says why.
+        time.sleep(30)
         raise SystemExit(1) from None
     torch.set_num_threads(choose_threads(config.train.num_threads, launch, usable_cores()))
     train(config, identity, launch, device)

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_llm.parallel.failure import PhaseTracker, rank_guard
+from megatron_llm.parallel.failure import rank_guard
 from megatron_llm.parallel.grid import Grid
+from megatron_llm.parallel.heartbeat import PhaseTracker
 from megatron_llm.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,14 @@ def one_hangs(rank: int, phase: PhaseTracker) -> None:
     barrier(phase, 1)
 
 
+def one_takes_its_time(rank: int, phase: PhaseTracker) -> None:
+    barrier(phase, 0)
+    if rank == 0:
+        phase.enter("build index", patience=60.0)
+        time.sleep(4.5)  # longer than the guard's timeout
+    barrier(phase, 1)
+
+
 def nothing_happens(rank: int, phase: PhaseTracker) -> None:
     barrier(phase, 0)
     phase.enter("write files")
@@ -90,7 +99,7 @@ def guarded(name: str, rank: int, store_file: str, log: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store, phase = dist.FileStore(store_file, GRID.world_size), PhaseTracker()
     phase.enter("start up", patience=60.0)
-    with rank_guard(GRID, rank, store, phase, timeout=3.0 if name == "one_hangs" else 60.0, interval=INTERVAL):
+    with rank_guard(GRID, rank, store, phase, timeout=3.0 if name in ("one_hangs", "one_takes_its_time") else 60.0, interval=INTERVAL):
         dist.init_process_group(
             "gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=GRID.world_size, timeout=timedelta(seconds=60)
         )
@@ -172,7 +181,7 @@ def test_a_hanging_rank_is_named_and_shows_its_stack(tmp_path: Path) -> None:
     assert seconds < 30
 
 
-@pytest.mark.parametrize("body", [nothing_happens, clean_exit])
+@pytest.mark.parametrize("body", [nothing_happens, clean_exit, one_takes_its_time])
 def test_ranks_that_end_well_leave_with_status_zero(body: Callable[[int, PhaseTracker], None], tmp_path: Path) -> None:
     codes, logs, _ = run_guarded(body, tmp_path)
     assert codes == [0, 0, 0, 0]
@@ -182,7 +191,8 @@ def test_ranks_that_end_well_leave_with_status_zero(body: Callable[[int, PhaseTr
 SCRIPT = """
 import os, signal, sys, time
 import torch.distributed as dist
-from megatron_llm.parallel.failure import PhaseTracker, rank_guard
+from megatron_llm.parallel.failure import rank_guard
+from megatron_llm.parallel.heartbeat import PhaseTracker
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.utils.errors import UserError
 
@@ -213,11 +223,11 @@ main()
         ("raise", "first failure: rank 1 (tp 1, dp 0, pp 0) in step 3, data: UserError: the disk is full"),
         ("kill", "first failure: rank 1 (tp 1, dp 0, pp 0) in step 3, data: died without a word"),
     ],
+    ids=["raise", "kill"],
 )
 def test_under_torchrun(how: str, line: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), how],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
@@ -227,5 +237,7 @@ def test_under_torchrun(how: str, line: str, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert line in done.stderr
-    assert "rank 0 (tp 0, dp 0, pp 0) leaves step 3, barrier" in done.stderr or how == "kill"
-    print(f"{how}: {time.monotonic() - start:.1f} s")
+    assert "rank 0 (tp 0, dp 0, pp 0) leaves step 3, barrier" in done.stderr
+    cause = done.stderr.split("Root Cause")[1]
+    assert "rank      : 1 (local_rank: 1)" in cause, "the launcher blames the right rank too"
+    assert (line if how == "raise" else "SIGKILL") in cause

@@ -39,8 +39,8 @@ class RunInfo:
 class StepMetrics:
     """One completed step.
 
-    loss is the mean over the unmasked tokens of the global batch, None where it is not known; tokens counts those of
-    this step over all replicas; seconds is the step's wall time; mfu lies in [0, 1] and is None where the peak is not
+    loss is the mean over the unmasked tokens of the global batch, None where it is not known; tokens is the size of the
+    global batch, masked tokens too; seconds is the step's wall time; mfu is a share of 1 and None where the peak is not
     known; skipped says that the optimizer did not move because a gradient overflowed.
     """
 

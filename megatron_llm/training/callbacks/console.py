@@ -32,7 +32,7 @@ def header(info: RunInfo) -> list[str]:
         f"{model.hidden_size}, {heads}, MLP {model.ffn_hidden_size}, vocabulary {model.vocab_size}",
         f"layout   {info.layout}",
         f"batch    {batch} sequences x {train.seq_length} tokens = {amount(tokens)} tokens a step: micro-batch "
-        f"{train.micro_batch_size} x {batch // (train.micro_batch_size * count)} replicas x {count} micro-batches",
+        f"{train.micro_batch_size} x DP {batch // (train.micro_batch_size * count)} x {count} accumulated",
         f"steps    {f'{info.start_step + 1} to {info.train_iters}' if info.start_step else info.train_iters}, "
         f"{amount(rest * tokens)} tokens",
     ]

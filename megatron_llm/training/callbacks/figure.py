@@ -93,8 +93,13 @@ def _limit(panel: Any, values: list[float], shown: list[float], *, from_zero: bo
     low = min(ordered[int(0.005 * (len(ordered) - 1))], *shown, math.inf)
     high = max(ordered[math.ceil(0.99 * (len(ordered) - 1))], *shown, -math.inf)
     low = min(low, 0.0) if from_zero else low
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    margin = _margin(low, high, 0.06)
     panel.set_ylim(low if from_zero else low - margin, high + margin)
+
+
+def _margin(low: float, high: float, share: float) -> float:
+    """Space above and below a curve: a share of its height, but so much that a flat curve looks flat."""
+    return max(share * (high - low), 0.01 * max(abs(low), abs(high))) or 1.0
 
 
 def _validation(panel: Any, validation: Series, loss: Series) -> None:
@@ -111,7 +116,7 @@ def _validation(panel: Any, validation: Series, loss: Series) -> None:
     label = f"best: {values[best]:.4g} at step {steps[best]:,}"
     panel.plot(steps[best], values[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=ORANGE, label=label)
     low, high = min(values), max(values)
-    margin = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
+    margin = _margin(low, high, 0.12)
     panel.set_ylim(low - margin, high + margin)
     _title(panel, f"{values[-1]:.4g}", ORANGE, side="right")
     panel.legend(frameon=False, fontsize=10, loc="upper right", labelcolor=INK)
@@ -152,7 +157,7 @@ def _say(panel: Any, text: str) -> None:
 
 
 def _style(panel: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(LINE)
@@ -161,5 +166,6 @@ def _style(panel: Any) -> None:
     panel.set_axisbelow(True)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panel.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     panel.set_xlabel("step", color=GREY, fontsize=9)
     panel.margins(x=0.02)

@@ -62,11 +62,11 @@ class Series:
         spike does not bend it.
         """
         values = self.values
-        reach = max(1, round(share * len(values) / 2))
+        reach = max(4, round(share * len(values) / 2))
         curve = []
         for position in range(len(values)):
             window = sorted(values[max(position - reach, 0) : position + reach + 1])
-            cut = max(len(window) // 10, 1) if len(window) >= 3 else 0
+            cut = max(len(window) // 10, 1) if len(window) >= 5 else 0
             window = window[cut : len(window) - cut]
             curve.append(sum(window) / len(window))
         return curve

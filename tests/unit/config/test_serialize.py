@@ -75,6 +75,23 @@ def test_mistakes_in_a_file_name_file_and_key(text: str, sentence: str, tmp_path
     assert "run.yaml" in str(error.value)
 
 
+def test_a_manifest_gives_the_configuration_it_was_saved_with(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"format": "x", "state": {"config": to_dict(CHANGED), "samples": 5}, "tensors": {}}))
+    assert updated(RunConfig(), **read_config_file(path)) == CHANGED
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [('{"lr": 1, "lr": 2}', "is not valid JSON: key 'lr' appears twice"), ("{", "is not valid JSON"), ('{"lrr": 1}', "did you mean 'lr'")],
+)
+def test_mistakes_in_a_json_file(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        read_config_file(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_config_file(tmp_path / "absent.yaml")

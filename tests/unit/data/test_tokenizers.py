@@ -11,7 +11,6 @@ import pytest
 
 from megatron_llm.data.tokenizers import (
     ByteTokenizer,
-    GPT2BPETokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -89,7 +88,12 @@ def sentencepiece_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     kinds: dict[str, dict[str, Any]] = {
         "bpe": {"model_type": "bpe", "byte_fallback": True, "allow_whitespace_only_pieces": True, **plain},
-        "bpe-user-defined": {"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": ["<|user|>", "caf\u00e9 x"], **plain},
+        "bpe-user-defined": {
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "user_defined_symbols": ["<|user|>", "<|user|>x", "quick f"],
+            **plain,
+        },
         "unigram": {"model_type": "unigram", "byte_fallback": True, **plain},
         "unigram-no-prefix": {"model_type": "unigram", "add_dummy_prefix": False, "byte_fallback": True, **plain},
         "unigram-nfkc": {"model_type": "unigram"},
@@ -107,8 +111,10 @@ KINDS = ["bpe", "bpe-user-defined", "unigram", "unigram-no-prefix", "unigram-nfk
 @pytest.mark.parametrize("kind", KINDS)
 def test_sentencepiece_conversion_is_exact(kind: str, sentencepiece_models: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = SentencePieceTokenizer(sentencepiece_models[kind])
-    texts = _texts() + ["say <|user|> and caf\u00e9 x", "<|user|>caf\u00e9 x"]
-    if kind == "unigram-nfkc":  # the lost accent after a space is the documented limit of normalising models
+    texts = [*_texts(), "say <|user|> and caf\u00e9", "<|user|>x <|user|>y", " <|user|> a quick fox"]
+    if "unigram" in kind:  # runs of spaces have equally likely cuts: the documented limit
+        texts = [text for text in texts if "  " not in text]
+    if "nfkc" in kind:  # so is a lost accent behind what the normalisation replaces
         texts = [text for text in texts if "\u2581" not in text]
     # Texts with unknown pieces come back as different marks from the two libraries.
     _check_export(tokenizer, tmp_path, texts, decodes="nfkc" not in kind)
@@ -211,6 +217,7 @@ def test_files_that_cannot_be_used_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_is_light() -> None:
-    code = "import sys, megatron_llm.data.tokenizers; print([m for m in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if m in sys.modules])"
+    heavy = ("torch", "transformers", "tokenizers", "sentencepiece")
+    code = f"import sys, megatron_llm.data.tokenizers; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"

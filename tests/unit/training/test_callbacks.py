@@ -43,7 +43,7 @@ def test_header_says_model_layout_batch_steps_and_learning_rate() -> None:
     text = "\n".join(header(INFO))
     assert "llama, 1.23 M parameters in fp32: 4 layers, hidden 256, 4 heads (2 key/value), MLP 704, vocabulary 97" in text
     assert "TP 1 x PP 1 x DP 2 on 2 ranks (cpu, gloo)" in text
-    assert "8 sequences x 256 tokens = 2.05 k tokens a step: micro-batch 4 x 2 replicas x 1 micro-batches" in text
+    assert "8 sequences x 256 tokens = 2.05 k tokens a step: micro-batch 4 x DP 2 x 1 accumulated" in text
     assert "steps    10, 20.5 k tokens" in text
     assert "lr       0 at step 1, 0.0003 at step 3 (cosine)" in text
     assert "note     numpy index builder" in text
