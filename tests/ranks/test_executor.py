@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
+from megatron_llm.parallel import executor
 from megatron_llm.parallel.executor import PipelineExecutor
 from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
+from megatron_llm.parallel.p2p import Mailbox, Receipt
 from megatron_llm.parallel.schedules import Action, ActionKind, forward_part, make_schedule
 from megatron_llm.parallel.simulator import peak_activations
 from megatron_llm.testing.pool import RankError
@@ -69,11 +72,11 @@ def check_against_one_process(groups: ParallelGroups, schedule: str, chunks: int
         batches = toy_batches(count, dtype, seed=groups.dp.rank * 10 + groups.tp.rank)
         losses, reference = one_process(groups.pp.size * chunks, batches, dtype)
         stages = own_stages(groups, chunks, dtype)
-        executor = PipelineExecutor(stages, groups, schedule, dtype)
+        pipeline = PipelineExecutor(stages, groups, schedule, dtype)
 
-        outputs = executor.run(batches, SHAPE, forward_only=True)
+        outputs = pipeline.run(batches, SHAPE, forward_only=True)
         assert all(parameter.grad is None for stage in stages for parameter in stage.parameters())
-        outputs += executor.run(batches, SHAPE)
+        outputs += pipeline.run(batches, SHAPE)
         assert len(outputs) == (2 * count if groups.is_last_stage else 0)
         for output, loss in zip(outputs, losses * 2, strict=False):
             assert not output.requires_grad
@@ -98,6 +101,29 @@ def test_equal_to_one_process(schedule: str, chunks: int, pp: int) -> None:
     results = run_ranks(check_against_one_process, schedule, chunks, [1, 3, 4, 7], torch.float32, pp=pp)
     assert results[0] == 4 * 2 * chunks
     assert results[-1] == 4 * 2 * chunks + 2 * (1 + 3 + 4 + 7)
+
+
+class BlockingMailbox(Mailbox):
+    """Transfers that hold this rank until the other end has met them: the strictest there are."""
+
+    def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, tag: int) -> Receipt:
+        receipt = super().post_receive(shape, dtype, source, 0)  # no tags either, as on NCCL
+        receipt.take()
+        return receipt
+
+    def post_send(self, tensor: Tensor, target: int, way: str, tag: int) -> None:
+        super().post_send(tensor, target, way, 0)
+        self.finish()
+
+
+def check_with_blocking_transfers(groups: ParallelGroups, schedule: str, chunks: int, micros: list[int]) -> int:
+    with mock.patch.object(executor, "Mailbox", BlockingMailbox):
+        return check_against_one_process(groups, schedule, chunks, micros, torch.float32)
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS[1:3])
+def test_plans_need_no_transfers_in_the_background(schedule: str, chunks: int) -> None:
+    assert len(run_ranks(check_with_blocking_transfers, schedule, chunks, [3, 8], pp=4)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -258,8 +284,8 @@ def test_an_output_is_let_go_when_it_is_sent() -> None:
 
 def record_events(groups: ParallelGroups, chunks: int, count: int, forward_only: bool) -> list[Action | int]:
     events: list[Action | int] = []
-    executor = PipelineExecutor(own_stages(groups, chunks), groups, "auto", torch.float32, on_action=events.append)
-    executor.run(toy_batches(count), SHAPE, forward_only=forward_only, before_last_backward=events.append)
+    pipeline = PipelineExecutor(own_stages(groups, chunks), groups, "auto", torch.float32, on_action=events.append)
+    pipeline.run(toy_batches(count), SHAPE, forward_only=forward_only, before_last_backward=events.append)
     return events
 
 

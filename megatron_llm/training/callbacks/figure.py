@@ -120,7 +120,7 @@ def _validation(panel: Any, validation: Series, loss: Series) -> None:
     panel.set_ylim(low - margin, high + margin)
     _title(panel, f"{values[-1]:.4g}", ORANGE, side="right")
     panel.legend(frameon=False, fontsize=10, loc="upper right", labelcolor=INK)
-    ticks = _perplexities(low - margin, high + margin)
+    ticks = perplexity_ticks(low - margin, high + margin)
     if ticks:
         right = panel.twinx()
         right.set_ylim(panel.get_ylim())
@@ -130,13 +130,15 @@ def _validation(panel: Any, validation: Series, loss: Series) -> None:
         right.set_ylabel("perplexity", color=GREY, fontsize=9, labelpad=2)
 
 
-def _perplexities(low_loss: float, high_loss: float) -> list[float]:
-    """Round perplexities between two losses, at most about six; none where exp(loss) is no number anybody reads."""
+def perplexity_ticks(low_loss: float, high_loss: float) -> list[float]:
+    """Perplexities between two losses, round and at most about six; none where exp(loss) is no number anybody reads."""
     if high_loss > 30 or low_loss < -1:
         return []
     round_numbers = [factor * 10.0**power for power in range(14) for factor in (1, 1.5, 2, 3, 5, 7)]
     inside = [value for value in round_numbers if low_loss <= math.log(value) <= high_loss]
-    return inside[:: math.ceil(len(inside) / 6) or 1]
+    if len(inside) < 2:
+        return [float(f"{math.exp(low_loss + share * (high_loss - low_loss)):.4g}") for share in (0.2, 0.5, 0.8)]
+    return inside[:: math.ceil(len(inside) / 6)]
 
 
 def _title(panel: Any, text: str, color: str = INK, side: str = "left") -> None:

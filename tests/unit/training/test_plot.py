@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_llm.training.callbacks import plot
 from megatron_llm.training.callbacks.base import EvalMetrics, TrainSummary
-from megatron_llm.training.callbacks.figure import draw
+from megatron_llm.training.callbacks.figure import draw, perplexity_ticks
 from megatron_llm.training.callbacks.jsonl import JsonlCallback
 from megatron_llm.training.callbacks.plot import REDRAW_SECONDS, PlotCallback
 from megatron_llm.training.callbacks.series import Series
@@ -168,3 +168,14 @@ def test_without_state_the_curves_come_from_the_log_up_to_the_checkpoint(tmp_pat
     fresh = PlotCallback(tmp_path, tmp_path / "log.jsonl")
     fresh.on_train_start(INFO)
     assert curves(fresh) == {}, "a fresh run does not take over the log of another"
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 6.0), (5.51, 5.62), (2.0, 2.0), (0.0, 29.0)])
+def test_perplexity_ticks_lie_between_the_losses(low: float, high: float) -> None:
+    ticks = perplexity_ticks(low, high)
+    assert 2 <= len(ticks) <= 6 and ticks == sorted(ticks)
+    assert all(low - 1e-3 <= math.log(tick) <= high + 1e-3 for tick in ticks)
+
+
+def test_no_perplexity_of_an_absurd_loss() -> None:
+    assert perplexity_ticks(3.0, 1e6) == []
