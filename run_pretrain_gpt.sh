@@ -276,6 +276,7 @@ if [ "$DRY_RUN" = 0 ] || [ -e "$VENV/.installed" ]; then
     "$python" "$HERE/tools/check_config.py" --world-size $((NNODES * GPUS_PER_NODE)) "$@" >/dev/null
 fi
 
+# megatron_llm.training.launch is torchrun, with its arguments; it only tells a failure once.
 if [ "$NNODES" -eq 1 ]; then
     set -- --standalone --local-addr 127.0.0.1 --nnodes 1 --nproc-per-node "$GPUS_PER_NODE" "$HERE/tools/pretrain.py" "$@"
     # Ranks on one machine need not know its name, which does not always resolve.
@@ -294,13 +295,13 @@ if [ "$demo" = 1 ]; then
         --output "$OUTPUT/tokenizer" --vocab-size "$VOCAB_SIZE"
     step preprocessing "$DATA_PATH.idx" "$python" "$HERE/tools/preprocess_data.py" --input "$OUTPUT/corpus.jsonl" \
         --output-prefix "$OUTPUT/data/corpus" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUTPUT/tokenizer" --append-eod
-    step training "$CHECKPOINT_PATH/step_$(printf %07d "$TRAIN_ITERS")" "$python" -m torch.distributed.run "$@"
+    step training "$CHECKPOINT_PATH/step_$(printf %07d "$TRAIN_ITERS")" "$python" -m megatron_llm.training.launch "$@"
 elif [ "$DRY_RUN" = 1 ]; then
-    show "$python" -m torch.distributed.run "$@"
+    show "$python" -m megatron_llm.training.launch "$@"
 elif [ -n "$EXPORT_PATH" ]; then
-    forwarding_signals "$python" -m torch.distributed.run "$@"
+    forwarding_signals "$python" -m megatron_llm.training.launch "$@"
 else
-    exec "$python" -m torch.distributed.run "$@"
+    exec "$python" -m megatron_llm.training.launch "$@"
 fi
 
 if [ "$NODE_RANK" -eq 0 ] && [ -n "$EXPORT_PATH" ]; then

@@ -86,7 +86,7 @@ def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
     if size < BLOCK_BYTES and not any(is_compressed(file.path) for file in files):
         workers = 0  # a single block: starting processes would take longer than the work
     with Progress("preprocessing", size, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
-        progress.say(f"input: {describe(files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers} workers")
+        progress.say(f"input: {describe(files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers or 'no'} workers")
         splitter = _splitter(settings, files, progress)
         run = _Run(settings, files, tokenizer, splitter, progress)
         return run.execute(workers)

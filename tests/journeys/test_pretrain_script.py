@@ -27,7 +27,7 @@ case "$*" in
 *make_demo_corpus.py*) make "$OUTPUT/corpus.jsonl" ;;
 *train_tokenizer.py*) make "$OUTPUT/tokenizer/tokenizer.json" ;;
 *preprocess_data.py*) make "$OUTPUT/data/corpus_text_document.idx" ;;
-*torch.distributed.run*)
+*megatron_llm.training.launch*)
     if [ -n "${SLEEP:-}" ]; then trap 'echo saved >"$OUTPUT/saved"; exit 3' TERM; sleep 30 & wait; fi
     mkdir -p "$OUTPUT/checkpoint/step_0000160" ;;
 *convert_checkpoint.py*) make "$OUTPUT/hf/conversion_report.json" ;;
@@ -82,7 +82,7 @@ class Place:
         """Words of the training command that a dry run prints."""
         done = self.run(*arguments, DRY_RUN="1", **variables)
         assert done.returncode == 0, done.stderr
-        return shlex.split(next(line for line in done.stdout.splitlines() if "torch.distributed.run" in line))
+        return shlex.split(next(line for line in done.stdout.splitlines() if "megatron_llm.training.launch" in line))
 
 
 def value(command: list[str], flag: str) -> str:
@@ -134,7 +134,7 @@ def test_sigterm_reaches_the_training(place: Place) -> None:
     with subprocess.Popen(command, env=place.environment(DEVICE="cpu", SLEEP="1"), stdout=subprocess.DEVNULL) as script:
         log = place.folder / "calls"
         deadline = time.monotonic() + 60
-        while not (log.exists() and "distributed.run" in log.read_text()):
+        while not (log.exists() and "training.launch" in log.read_text()):
             assert time.monotonic() < deadline, "the training was not started"
             time.sleep(0.05)
         time.sleep(0.3)  # until the stand-in waits for the signal

@@ -206,6 +206,6 @@ def test_chinese_corpora(tmp_path: Path, name: str) -> None:
     dataset = IndexedDataset(tmp_path / "out_text_document")
     tokenizer = build_tokenizer("SentencePieceTokenizer", model)
     texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(dataset) == len(texts) == 99
-    for index in range(0, 99, 7):
+    assert len(dataset) == len(texts) == 100
+    for index in range(0, 100, 7):
         assert dataset[index].tolist() == [*tokenizer.encode(texts[index]), tokenizer.eod_id]

@@ -195,16 +195,16 @@ def test_garbled_journals_are_not_believed(tmp_path: Path, monkeypatch: pytest.M
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     _corpus(tmp_path / "in")
     files = sources.find_inputs([str(tmp_path / "in")])
-    with WorkFolder(str(tmp_path / "out"), {"text": "x"}, 257, "", files):
-        with pytest.raises(UserError, match=r"another process is writing to .*out\.partial"):
-            preprocess(_settings(tmp_path))
+    busy = pytest.raises(UserError, match=r"another process is writing to .*out\.partial")
+    with WorkFolder(str(tmp_path / "out"), {"text": "x"}, 257, "", files), busy:
+        preprocess(_settings(tmp_path))
 
 
 def test_kill_of_the_process_group(tmp_path: Path) -> None:
     """kill -9 of the tool and its workers halfway, then the same command again."""
-    lines = [json.dumps({"text": f"document {i} " + "word " * (i % 60)}) + "\n" for i in range(40_000)]
-    (tmp_path / "a.jsonl").write_text("".join(lines[:30_000]))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[30_000:]).encode(), 1))
+    lines = [json.dumps({"text": f"document {i} " + "word " * (i % 60)}) + "\n" for i in range(20_000)]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:15_000]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[15_000:]).encode(), 1))
 
     def command(output: str) -> list[str]:
         names = ["--input", str(tmp_path / "*.jsonl*"), "--output-prefix", str(tmp_path / output), "--tokenizer-type", "ByteTokenizer"]
