@@ -126,11 +126,10 @@ step() {
 forwarding_signals() {
     "$@" &
     child=$!
-    trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
-    status=0
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do
-        status=0
+    trap 'kill -TERM "$child" 2>/dev/null || true; signalled=1' TERM INT HUP
+    signalled=1
+    while [ -n "$signalled" ]; do # a signal ends the wait, not the command
+        signalled='' status=0
         wait "$child" || status=$?
     done
     trap - TERM INT HUP

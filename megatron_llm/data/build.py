@@ -86,6 +86,18 @@ def build_datasets(
     return DatasetSplits(*(builder.split(number, count) for number, count in enumerate(counts)))
 
 
+def sample_order(dataset: Dataset) -> str | None:
+    """A name for the order of a dataset's samples: datasets of equal names give equal samples. None for mock data.
+
+    It is made of the names of the index cache's entries, which depend on all that the order depends on.
+    """
+    if isinstance(dataset, GPTDataset) and isinstance(dataset.index, MappedArrays):
+        return dataset.index.folder.name
+    if isinstance(dataset, BlendedDataset) and isinstance(dataset.index, MappedArrays):
+        return "+".join([dataset.index.folder.name, *(sample_order(part) or "" for part in dataset.datasets)])
+    return None
+
+
 @dataclass(frozen=True)
 class _Corpus:
     prefix: str

@@ -22,7 +22,7 @@ from megatron_llm.utils.atomic import fsync_dir, make_folder, write_error
 from megatron_llm.utils.errors import UserError
 
 _CODES = {name: code for code, name in DTYPE_CODES.items()}
-_PIECE = 1 << 20
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)

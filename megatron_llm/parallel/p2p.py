@@ -22,7 +22,7 @@ class Receipt:
     work: dist.Work
 
     def take(self) -> Tensor:
-        """The tensor, when it is there (on a GPU: when the current stream may use it)."""
+        """The tensor, when it is there (on a GPU: when the current stream may use it). Once: gloo would wait for another."""
         self.work.wait()
         return self.tensor
 

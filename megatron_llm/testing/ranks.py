@@ -7,6 +7,9 @@
 
 Ranks are gloo processes that meet through a file (no ports), with one torch thread each and a fresh random state.
 Arguments and results are pickled, so tensors arrive as copies.
+
+Every worker imports the module of `fn` once, so a test module that imports something heavy (transformers) for its own
+part does that inside the function which needs it.
 """
 
 import atexit

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_llm.config.schema import DataConfig, RunConfig
 from megatron_llm.data.batch import Batch, Dataset
 from megatron_llm.data.blend import parse_data_path
-from megatron_llm.data.build import build_datasets, sample_counts
+from megatron_llm.data.build import build_datasets, sample_counts, sample_order
 from megatron_llm.data.loader import BatchLoader, evaluation_batches
 from megatron_llm.data.sidecar import read_sidecar
 from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
@@ -92,6 +92,11 @@ class Inputs:
         assert splits.train is not None, "training data that is missing is an error of build_datasets"
         self.train: Dataset = splits.train
         self.validation: Dataset | None = splits.valid
+
+    @property
+    def order(self) -> str | None:
+        """A name for the order of the training samples: equal names, equal sample i. None where there is only one order."""
+        return sample_order(self.train)
 
     def train_batches(self, consumed_samples: int) -> BatchLoader:
         """This rank's micro-batches of the global batch that begins at sample `consumed_samples`, and of all after it."""

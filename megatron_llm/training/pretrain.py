@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_llm.config.flags import parse_run_config
 from megatron_llm.config.resolve import advice, resolve
 from megatron_llm.config.schema import RunConfig
 from megatron_llm.kernels.dispatch import torch_kernels
 from megatron_llm.models.registry import get_family
-from megatron_llm.optim.lr_schedule import learning_rate, warmup_iters
 from megatron_llm.parallel.comm import all_reduce, barrier
 from megatron_llm.parallel.failure import PhaseTracker
 from megatron_llm.parallel.groups import ParallelGroups
@@ -27,6 +27,7 @@ from megatron_llm.training.callbacks.registry import build_callbacks
 from megatron_llm.training.engine import NativeEngine, model_dtype
 from megatron_llm.training.flops import Peak, flops_per_token, local_peak
 from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
+from megatron_llm.training.preview import layout_line, lr_points
 from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, usable_cores
 from megatron_llm.training.signals import ExitMonitor, SignalWatcher
 from megatron_llm.training.snapshots import Snapshots
@@ -69,10 +70,13 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
             progress, callback_states = snapshots.restore()
             phase.enter("opening the dataset", patience=_LONG)
             inputs = Inputs(config, identity, groups, say)
+            for note in snapshots.changes(progress, inputs.order):
+                say(f"note     {note}")
             barrier(groups.world)
             callbacks = CallbackList(build_callbacks(config, groups.rank))
             callbacks.load_state_dict(callback_states)
             peak = local_peak(device, model_dtype(config))
+            progress.data_order = inputs.order
             trainer = Trainer(
                 config,
                 engine,
@@ -91,23 +95,16 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
 
 def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: str) -> RunInfo:
     """What the console's header and the logs say about the run."""
-    groups, parallel = engine.groups, config.parallel
-    words = [f"{name.upper()} {size}" for name, size in groups.grid.axes.items()]
-    if parallel.virtual_pipeline_model_parallel_size > 1:
-        words.append(f"virtual stages {parallel.virtual_pipeline_model_parallel_size}")
-    if parallel.sequence_parallel:
-        words.append("sequence parallel")
-    if groups.dp.size > 1:
-        words.append("distributed optimizer" if parallel.use_distributed_optimizer else "replicated optimizer")
-    place = f"{groups.world.size} x {groups.device.type}, {torch.get_num_threads()} threads a process"
+    groups = engine.groups
+    backend = dist.get_backend() if dist.is_initialized() else ""
     return RunInfo(
         config=config,
         start_step=start_step,
         train_iters=config.train.train_iters,
         world_size=groups.world.size,
         parameter_count=count_parameters(engine),
-        layout=f"{', '.join(words)} on {place}",
-        lr_points=_lr_points(config),
+        layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {torch.get_num_threads()} threads each",
+        lr_points=lr_points(config, start_step),
         notes=(f"kernels: {torch_kernels().name}", peak, *advice(config, groups.world.size)),
     )
 
@@ -117,13 +114,6 @@ def _total_peak(peak: Peak, groups: ParallelGroups) -> float | None:
     flops = torch.tensor([peak.flops or 0.0, float(peak.flops is None)], dtype=torch.float64, device=groups.device)
     total, unknown = all_reduce(flops, groups.world).tolist()
     return total if not unknown else None
-
-
-def _lr_points(config: RunConfig) -> tuple[tuple[int, float], ...]:
-    """The learning rate of the first and the last step, at the end of the warm-up and half-way: enough to see a wrong curve."""
-    last = config.train.train_iters
-    warm = min(last, round(warmup_iters(config.optimizer, last)) + 1)
-    return tuple((step, learning_rate(config.optimizer, step - 1, last)) for step in sorted({1, warm, (last + 1) // 2, last}))
 
 
 def count_parameters(engine: NativeEngine) -> int:

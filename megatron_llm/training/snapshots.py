@@ -4,6 +4,7 @@ There is no random state among it: weights are drawn by name, dropout by (seed, 
 number, so `step` and `consumed_samples` say it all, under any layout.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,25 @@ from megatron_llm.checkpoint.load import load_entries
 from megatron_llm.checkpoint.manifest import Manifest, read_manifest
 from megatron_llm.checkpoint.model_state import across_precisions, model_entries, optimizer_entries
 from megatron_llm.config.schema import CheckpointConfig, RunConfig
-from megatron_llm.config.serialize import to_dict
+from megatron_llm.config.serialize import from_dict, to_dict
+from megatron_llm.optim.lr_schedule import learning_rate
 from megatron_llm.training.engine import NativeEngine
 from megatron_llm.utils.errors import UserError
 
 
 @dataclass
 class Progress:
-    """Where a run is. `step` optimizer steps are done and `consumed_samples` samples were used for them."""
+    """Where a run is. `step` optimizer steps are done and `consumed_samples` samples were used for them.
+
+    `data_order` names the order of the samples (`Inputs.order`); `saved` is the configuration of the checkpoint that was
+    restored, None in a fresh run.
+    """
 
     step: int = 0
     consumed_samples: int = 0
     best_validation_loss: float | None = None
+    data_order: str | None = None
+    saved: dict[str, Any] | None = None
 
 
 class Snapshots:
@@ -59,6 +67,7 @@ class Snapshots:
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
             "best_validation_loss": progress.best_validation_loss,
+            "data_order": progress.data_order,
             "optimizer": self._engine.optimizer.state_dict(),
             "callbacks": dict(callbacks),
             "tokenizer_fingerprint": self._fingerprint,
@@ -89,7 +98,27 @@ class Snapshots:
         if self._config.checkpoint.finetune:
             return Progress(), {}
         state = manifest.state
-        return Progress(state["step"], state["consumed_samples"], state["best_validation_loss"]), dict(state["callbacks"])
+        progress = Progress(state["step"], state["consumed_samples"], state["best_validation_loss"], state["data_order"], state["config"])
+        return progress, dict(state["callbacks"])
+
+    def changes(self, progress: Progress, data_order: str | None) -> list[str]:
+        """What goes on differently after a resume, one sentence each: the learning rate, the order of the samples."""
+        if progress.saved is None:
+            return []
+        found = []
+        before = from_dict(progress.saved, "the configuration of the checkpoint")
+        lrs = [learning_rate(config.optimizer, progress.step, config.train.train_iters) for config in (before, self._config)]
+        if not math.isclose(*lrs, rel_tol=1e-9):
+            found.append(
+                f"the learning rate of step {progress.step + 1} was to be {lrs[0]:.3g} and is now {lrs[1]:.3g}: "
+                f"keep --lr-decay-iters {before.optimizer.lr_decay_iters} and the other lr flags to go on along the old curve"
+            )
+        if data_order != progress.data_order:
+            found.append(
+                f"the samples are in another order than when the checkpoint was saved (other data, split or seed, or a --train-iters that "
+                f"takes another number of epochs): some of the first {progress.consumed_samples} may be seen again"
+            )
+        return found
 
     def _find(self) -> Path | None:
         options, groups = self._config.checkpoint, self._engine.groups

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import pipelining
 
 from megatron_llm.parallel import executor
 from megatron_llm.parallel.executor import PipelineExecutor
 from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
-from megatron_llm.parallel.p2p import Mailbox, Receipt
+from megatron_llm.parallel.p2p import Mailbox
 from megatron_llm.parallel.schedules import Action, ActionKind, forward_part, make_schedule
 from megatron_llm.parallel.simulator import peak_activations
 from megatron_llm.testing.pool import RankError
@@ -106,10 +105,8 @@ def test_equal_to_one_process(schedule: str, chunks: int, pp: int) -> None:
 class BlockingMailbox(Mailbox):
     """Transfers that hold this rank until the other end has met them: the strictest there are."""
 
-    def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, tag: int) -> Receipt:
-        receipt = super().post_receive(shape, dtype, source, 0)  # no tags either, as on NCCL
-        receipt.take()
-        return receipt
+    def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, tag: int) -> Tensor:  # type: ignore[override]
+        return super().post_receive(shape, dtype, source, 0).take()  # no tags either, as on NCCL
 
     def post_send(self, tensor: Tensor, target: int, way: str, tag: int) -> None:
         super().post_send(tensor, target, way, 0)
@@ -142,6 +139,8 @@ def test_one_stage_needs_no_process_group(schedule: str, chunks: int) -> None:
 
 def compare_with_torch(groups: ParallelGroups, chunks: int, count: int) -> int:
     """The same stages under torch's own schedule; returns how many gradients were compared."""
+    from torch.distributed import pipelining  # here, because every rank imports this module
+
     batches = toy_batches(count)
     size, rank = groups.pp.size, groups.pp.rank
     mine = own_stages(groups, chunks)

@@ -53,7 +53,9 @@ def train_some(groups: ParallelGroups, config: RunConfig, steps: int) -> tuple[l
     engine = NativeEngine(config, get_family(config.model.model), groups)
     snapshots = Snapshots(config, engine, tokenizer=None, tokenizer_fingerprint=None, report=said.append)
     progress, _ = snapshots.restore()
-    batches = Inputs(config, identify(config), groups, lambda line: None).train_batches(progress.consumed_samples)
+    inputs = Inputs(config, identify(config), groups, lambda line: None)
+    said += snapshots.changes(progress, inputs.order)
+    batches = inputs.train_batches(progress.consumed_samples)
     losses, seen = [], []
     for _ in range(steps):
         micro_batches = next(batches)
@@ -61,6 +63,7 @@ def train_some(groups: ParallelGroups, config: RunConfig, steps: int) -> tuple[l
         outcome = engine.train_step(micro_batches, step=progress.step, first_sample=progress.consumed_samples, lr=1e-2)
         losses.append(outcome.loss)
         progress = Progress(progress.step + 1, progress.consumed_samples + BATCH)
+    progress.data_order = inputs.order
     snapshots.save(progress, {}, None)
     return losses, seen, "\n".join(said)
 
@@ -188,3 +191,13 @@ def test_what_does_not_belong_together_is_refused_with_both_values(root: Path) -
     for sentence, config in cases.items():
         said = run_ranks(refused, config)[0]
         assert sentence in said, said
+
+
+def test_what_changes_on_resume_is_said(root: Path) -> None:
+    """More steps stretch the learning-rate curve, and may take more epochs and so another order of the samples."""
+    run_ranks(train_some, config_for((1, 1, 1), root, save="base", load=None), 1)
+    same = run_ranks(train_some, config_for((1, 1, 1), root, save="same", load="base"), 0)[0][2]
+    assert "learning rate" not in same and "another order" not in same
+    longer = run_ranks(train_some, config_for((1, 1, 1), root, save="longer", load="base", train_iters=400), 0)[0][2]
+    assert "the learning rate of step 2 was to be" in longer and "--lr-decay-iters 20" in longer
+    assert "some of the first 8 may be seen again" in longer
