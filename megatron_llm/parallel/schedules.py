@@ -133,49 +133,54 @@ def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -
 
 
 def weave(orders: Sequence[Sequence[Step]], chunks: int) -> Plan:
-    """Add sends and receives to every rank's compute order. ValueError when the orders wait for each other forever."""
+    """Add sends and receives to every rank's compute order, in which each chunk's micro-batches ascend.
+
+    ValueError when the orders wait for each other forever.
+    """
     stages = len(orders)
+    last = stages * chunks - 1
     plan: list[list[Action]] = [[] for _ in orders]
     position = [0] * stages
-    done: set[tuple[ActionKind, int, int]] = set()  # kind, virtual stage, micro
-    last = stages * chunks - 1
-    while any(position[rank] < len(orders[rank]) for rank in range(stages)):
+    forwards, backwards = [0] * (last + 1), [0] * (last + 1)  # how many each virtual stage has done
+    left = sum(len(order) for order in orders)
+    while left:
         fired = []
-        for rank in range(stages):
-            if position[rank] == len(orders[rank]):
+        for rank, order in enumerate(orders):
+            if position[rank] == len(order):
                 continue
-            kind, chunk, micro = orders[rank][position[rank]]
+            kind, chunk, micro = order[position[rank]]
             virtual = chunk * stages + rank
             if kind is FORWARD:
-                ready = virtual == 0 or (FORWARD, virtual - 1, micro) in done
+                ready = virtual == 0 or forwards[virtual - 1] > micro
             else:
-                ready = (BACKWARD, virtual + 1, micro) in done if virtual < last else (FORWARD, virtual, micro) in done
+                ready = backwards[virtual + 1] > micro if virtual < last else forwards[virtual] > micro
             if ready:
-                fired.append((kind, Place(rank, chunk), micro))
+                fired.append((kind, rank, chunk, micro))
         if not fired:
-            waiting = [
-                f"stage {rank}: {Action(*order[position[rank]])}" for rank, order in enumerate(orders) if position[rank] < len(order)
-            ]
-            raise ValueError("the compute orders wait for each other: " + "; ".join(waiting))
-        for kind, place, micro in fired:
-            position[place.rank] += 1
-            done.add((kind, place.chunk * stages + place.rank, micro))
-            plan[place.rank].append(Action(kind, place.chunk, micro))
-        for kind, place, micro in fired:
-            add_transfer(plan, kind, place, micro, chunks)
+            stuck = [rank for rank in range(stages) if position[rank] < len(orders[rank])]
+            waiting = "; ".join(f"stage {rank}: {Action(*orders[rank][position[rank]])}" for rank in stuck)
+            raise ValueError(f"the compute orders wait for each other: {waiting}")
+        for kind, rank, chunk, micro in fired:
+            position[rank] += 1
+            (forwards if kind is FORWARD else backwards)[chunk * stages + rank] += 1
+            plan[rank].append(Action(kind, chunk, micro))
+        for kind, rank, chunk, micro in fired:
+            add_transfer(plan, kind, rank, chunk, micro, last)
+        left -= len(fired)
     return tuple(tuple(actions) for actions in plan)
 
 
-def add_transfer(plan: list[list[Action]], kind: ActionKind, place: Place, micro: int, chunks: int) -> None:
-    """Append the send of what `place` has just computed and the matching receive, unless the next chunk is on the same rank."""
+def add_transfer(plan: list[list[Action]], kind: ActionKind, rank: int, chunk: int, micro: int, last: int) -> None:
+    """Append the send of what a stage has just computed and the matching receive, unless the next chunk is on the same rank."""
     stages = len(plan)
     if kind is FORWARD:
-        target, send, receive = place_after(place, stages, chunks), ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
+        target, send, receive = chunk * stages + rank + 1, ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
     else:
-        target, send, receive = place_before(place, stages), ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
-    if target is not None and target.rank != place.rank:
-        plan[place.rank].append(Action(send, place.chunk, micro, target.rank))
-        plan[target.rank].append(Action(receive, target.chunk, micro, place.rank))
+        target, send, receive = chunk * stages + rank - 1, ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
+    target_chunk, target_rank = divmod(target, stages)
+    if 0 <= target <= last and target_rank != rank:
+        plan[rank].append(Action(send, chunk, micro, target_rank))
+        plan[target_rank].append(Action(receive, target_chunk, micro, rank))
 
 
 def forward_part(actions: Sequence[Action]) -> tuple[Action, ...]:

@@ -116,31 +116,31 @@ def check_order(plan: Plan, rank: int, micro_batches: int, chunks: int, forward_
     """Every action of one rank exactly once, after what it needs, with the right peer, micro-batches ascending."""
     stages = len(plan)
     exists = [kinds_of(Place(rank, chunk), stages, chunks) for chunk in range(chunks)]
-    following: dict[tuple[ActionKind, int], int] = defaultdict(int)  # next micro-batch of each kind and chunk
+    following = [dict.fromkeys(ActionKind, 0) for _ in range(chunks)]  # next micro-batch of each kind, for each chunk
     for action in plan[rank]:
         kind, chunk, micro, peer = action
         if not 0 <= chunk < chunks:
             raise ScheduleError(f"stage {rank}: {action}: there are {chunks} chunks")
-        if micro != following[kind, chunk]:
-            raise ScheduleError(f"stage {rank}: {action}: expected micro-batch {following[kind, chunk]}, each once and in order")
+        if micro != following[chunk][kind]:
+            raise ScheduleError(f"stage {rank}: {action}: expected micro-batch {following[chunk][kind]}, each once and in order")
         if kind not in exists[chunk] or peer != exists[chunk][kind]:
             raise ScheduleError(f"stage {rank}: {action}: this stage has no such transfer with that peer")
         for need in NEEDS[kind]:
-            if need in exists[chunk] and following[need, chunk] <= micro:
+            if need in exists[chunk] and following[chunk][need] <= micro:
                 raise ScheduleError(f"stage {rank}: {action} comes before '{need.value}', which it needs")
         if stages == 1:
             check_local_neighbour(action, following, chunks)
-        following[kind, chunk] += 1
+        following[chunk][kind] += 1
     for chunk in range(chunks):
         for kind in exists[chunk]:
-            if following[kind, chunk] != micro_batches and not (forward_only and kind in BACKWARD_HALF):
-                raise ScheduleError(f"stage {rank}, chunk {chunk}: {following[kind, chunk]} of {micro_batches} '{kind.value}'")
+            if following[chunk][kind] != micro_batches and not (forward_only and kind in BACKWARD_HALF):
+                raise ScheduleError(f"stage {rank}, chunk {chunk}: {following[chunk][kind]} of {micro_batches} '{kind.value}'")
 
 
-def check_local_neighbour(action: Action, following: dict[tuple[ActionKind, int], int], chunks: int) -> None:
+def check_local_neighbour(action: Action, following: Sequence[dict[ActionKind, int]], chunks: int) -> None:
     """With one rank the neighbouring chunk is on the same rank and nothing is received; its computation must come first."""
     chunk = action.chunk - 1 if action.kind is FORWARD else action.chunk + 1
-    if 0 <= chunk < chunks and following[action.kind, chunk] <= action.micro:
+    if 0 <= chunk < chunks and following[chunk][action.kind] <= action.micro:
         raise ScheduleError(f"stage 0: {action} comes before that of chunk {chunk}, which it needs")
 
 

@@ -63,13 +63,13 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
         phase = PhaseTracker()
         with distributed(config.parallel, launch, device, phase) as groups, _tokenizer_folder(identity, groups) as folder:
             say = _speaker(groups)
+            phase.enter("opening the dataset", patience=_LONG)
+            inputs = Inputs(config, identity, groups, say)
             phase.enter("building the model", patience=_LONG)
             engine = NativeEngine(config, get_family(config.model.model), groups)
             phase.enter("loading the checkpoint", patience=_LONG)
             snapshots = Snapshots(config, engine, tokenizer=folder, tokenizer_fingerprint=identity.fingerprint, report=say)
             progress, callback_states = snapshots.restore()
-            phase.enter("opening the dataset", patience=_LONG)
-            inputs = Inputs(config, identity, groups, say)
             for note in snapshots.changes(progress, inputs.order):
                 say(f"note     {note}")
             barrier(groups.world)

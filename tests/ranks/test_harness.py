@@ -201,7 +201,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     try:
-        assert wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 60), "both ranks should have started"
+        assert wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 120), "both ranks should have started"
     finally:
         parent.kill()
         parent.wait()
