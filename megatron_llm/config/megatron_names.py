@@ -55,8 +55,6 @@ MEGATRON_HINTS: Mapping[str, str] = MappingProxyType(
         "--checkpoint-activations": "use --recompute-granularity full",
         "--recompute-method": "remove it: --recompute-granularity full recomputes every block",
         "--recompute-num-layers": "remove it: --recompute-granularity full recomputes every block",
-        "--vocab-file": "use --tokenizer-model with the folder that holds the tokenizer's files",
-        "--merge-file": "use --tokenizer-model with the folder that holds the tokenizer's files",
         "--train-data-path": "use --data-path with --split",
         "--valid-data-path": "use --data-path with --split",
         "--test-data-path": "use --data-path with --split",

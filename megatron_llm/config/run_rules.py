@@ -119,8 +119,10 @@ def mock_data_needs_vocabulary(config: RunConfig, world_size: int) -> str | None
 
 def tokenizer_needs_model(config: RunConfig, world_size: int) -> str | None:
     """Every tokenizer but the byte tokenizer reads files."""
-    kind = config.data.tokenizer_type
-    if kind not in (None, "ByteTokenizer") and config.data.tokenizer_model is None:
+    data, kind = config.data, config.data.tokenizer_type
+    if kind == "GPT2BPETokenizer" and data.vocab_file is not None and data.merge_file is not None:
+        return None
+    if kind not in (None, "ByteTokenizer") and data.tokenizer_model is None:
         return f"tokenizer_type {kind} needs tokenizer_model, the folder or file it is read from"
     return None
 

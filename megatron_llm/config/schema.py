@@ -169,7 +169,11 @@ class DataConfig:
         "tokenizer kind; default: the one stamped into the dataset sidecar",
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"),
     )
-    tokenizer_model: str | None = option(None, "folder or file of the tokenizer; copied into every export")
+    tokenizer_model: str | None = option(
+        None, "folder or file of the tokenizer, copied into every export; default: the one the dataset was made with, if it is still there"
+    )
+    vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer, instead of a folder as tokenizer_model")
+    merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer")
     reset_position_ids: bool = option(False, "restart positions after every document end")
     reset_attention_mask: bool = option(False, "tokens do not attend across document ends")
     eod_mask_loss: bool = option(False, "no loss on the document-end token")

@@ -5,9 +5,8 @@ already its share of the global mean: gradients are then only ever summed, over 
 neither the micro-batch size nor the number of replicas changes them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from megatron_llm.parallel.executor import PipelineExecutor
 from megatron_llm.parallel.grad_sync import GradSync
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.parallel.random import DropoutKey
+from megatron_llm.parallel.schedules import Action
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,16 @@ def model_dtype(config: RunConfig) -> torch.dtype:
     return torch.float16 if config.train.fp16 else torch.float32
 
 
-def schedule_name(config: RunConfig) -> Literal["gpipe", "1f1b", "interleaved"]:
-    """The pipeline schedule that `auto` stands for, or the one asked for."""
-    chosen = config.parallel.pipeline_schedule
-    if chosen == "auto":
-        return "interleaved" if config.parallel.virtual_pipeline_model_parallel_size > 1 else "1f1b"
-    return chosen  # type: ignore[return-value]
-
-
 class NativeEngine:
     """Model chunks, gradient synchronisation, optimizer and pipeline of this rank.
 
-    `config` must be resolved. `chunks`, `grad_sync` and `optimizer` are public: checkpoints read them.
+    `config` must be resolved. `chunks`, `grad_sync` and `optimizer` are public: checkpoints read them. `on_action` is
+    told each pipeline action before it starts, for the line that a failure prints.
     """
 
-    def __init__(self, config: RunConfig, family: Family, groups: ParallelGroups) -> None:
+    def __init__(
+        self, config: RunConfig, family: Family, groups: ParallelGroups, on_action: Callable[[Action], None] | None = None
+    ) -> None:
         self.config, self.family, self.groups = config, family, groups
         self.dtype = model_dtype(config)
         options = ModelOptions(
@@ -80,7 +75,7 @@ class NativeEngine:
             bucket_size=parallel.ddp_bucket_size,
         )
         self.optimizer = DistributedOptimizer(self.grad_sync, config.optimizer, groups)
-        self.executor = PipelineExecutor(self.chunks, groups, schedule_name(config), self.dtype)
+        self.executor = PipelineExecutor(self.chunks, groups, config.parallel.pipeline_schedule, self.dtype, on_action)
 
     def train_step(self, batches: Sequence[Batch], *, step: int, first_sample: int, lr: float) -> StepOutcome:
         """One optimizer step over this replica's micro-batches of a global batch that starts at sample `first_sample`."""

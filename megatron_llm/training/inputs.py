@@ -53,7 +53,7 @@ def _tokenizer(data: DataConfig, stamped: dict[str, Any] | None) -> Tokenizer | 
         kind = data.tokenizer_type
         if kind is None:
             kind = "SentencePieceTokenizer" if str(data.tokenizer_model).endswith(".model") else "HuggingFaceTokenizer"
-        return build_tokenizer(kind, data.tokenizer_model)
+        return build_tokenizer(kind, data.tokenizer_model, data.vocab_file, data.merge_file)
     if stamped is None:
         return None
     model = stamped["tokenizer_model"]

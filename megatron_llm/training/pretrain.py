@@ -66,7 +66,7 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
             phase.enter("opening the dataset", patience=_LONG)
             inputs = Inputs(config, identity, groups, say)
             phase.enter("building the model", patience=_LONG)
-            engine = NativeEngine(config, get_family(config.model.model), groups)
+            engine = NativeEngine(config, get_family(config.model.model), groups, on_action=phase.enter)
             phase.enter("loading the checkpoint", patience=_LONG)
             snapshots = Snapshots(config, engine, tokenizer=folder, tokenizer_fingerprint=identity.fingerprint, report=say)
             progress, callback_states = snapshots.restore()

@@ -1,6 +1,6 @@
 """run_pretrain_gpt.sh itself, with stand-ins for Python and the GPUs: layouts, steps, bad values, signals.
 
-The real demo is run by test_demo.py; here a shell script takes the place of the interpreter, writes down how it was
+The real demo is run by test_readme.py; here a shell script takes the place of the interpreter, writes down how it was
 called and makes the file that the step should make.
 """
 
