@@ -227,7 +227,7 @@ class _Run:
             documents=marks.documents,
             sequences=marks.sequences,
             tokens=marks.tokens,
-            tokenizer_model=tokenizer.model,
+            tokenizer_model=os.path.abspath(tokenizer.model) if tokenizer.model else None,
         )
 
     def _summary(self, marks: dict[str, Marks]) -> PreprocessSummary:

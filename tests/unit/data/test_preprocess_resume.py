@@ -17,6 +17,7 @@ from megatron_llm.data.encoder import EncodedTexts
 from megatron_llm.data.preprocess import PreprocessSettings, preprocess
 from megatron_llm.data.preprocess_output import WorkFolder
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.progress import Progress
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,6 +84,28 @@ def test_crash_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     capsys.readouterr()
     preprocess(_settings(tmp_path))
     assert ("going on where an earlier run stopped" in capsys.readouterr().err) == (blocks > 0)
+    assert _output(tmp_path) == _output(tmp_path, "straight")
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _corpus(tmp_path / "in")
+    settings = replace(_settings(tmp_path), resume_seconds=1e9)
+    shown = 0
+
+    def interrupt(*arguments: object, **counters: float) -> None:
+        nonlocal shown
+        shown += 1
+        if shown == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(settings)
+    capsys.readouterr()
+    preprocess(settings)
+    assert "going on where an earlier run stopped" in capsys.readouterr().err
+    preprocess(_settings(tmp_path, "straight"))
     assert _output(tmp_path) == _output(tmp_path, "straight")
 
 
