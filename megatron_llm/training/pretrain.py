@@ -28,7 +28,7 @@ from megatron_llm.training.engine import NativeEngine, model_dtype
 from megatron_llm.training.flops import Peak, flops_per_token, local_peak
 from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
 from megatron_llm.training.preview import layout_line, lr_points
-from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, usable_cores
+from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, require_equal_flags, usable_cores
 from megatron_llm.training.signals import ExitMonitor, SignalWatcher
 from megatron_llm.training.snapshots import Snapshots
 from megatron_llm.training.trainer import Trainer
@@ -63,6 +63,7 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
         phase = PhaseTracker()
         with distributed(config.parallel, launch, device, phase) as groups, _tokenizer_folder(identity, groups) as folder:
             say = _speaker(groups)
+            require_equal_flags(config, groups)
             phase.enter("opening the dataset", patience=_LONG)
             inputs = Inputs(config, identity, groups, say)
             phase.enter("building the model", patience=_LONG)

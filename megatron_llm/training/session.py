@@ -13,7 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_llm.config.schema import ParallelConfig
+from megatron_llm.checkpoint.exchange import gather_json
+from megatron_llm.config.schema import ParallelConfig, RunConfig
+from megatron_llm.config.serialize import flatten, to_dict
 from megatron_llm.parallel.failure import PhaseTracker, rank_guard
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import ParallelGroups, build_groups, single_process_groups
@@ -94,6 +96,21 @@ def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device, 
         yield build_groups(grid, device, timeout)
         phase.enter("leaving")
         dist.destroy_process_group()
+
+
+def require_equal_flags(config: RunConfig, groups: ParallelGroups) -> None:
+    """UserError, on every rank, naming the first setting that two ranks were started with differently. Collective.
+
+    Ranks with different settings would wait for each other in different places, or train something that nobody meant.
+    """
+    everyone = gather_json(flatten(to_dict(config), "the configuration"), groups)
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"{groups.grid.describe(rank)} was started with {name} {theirs[name]!r}, rank 0 with {value!r}: "
+                    "start every machine with the same settings"
+                )
 
 
 def usable_cores() -> int:
