@@ -43,7 +43,7 @@ setting GLOBAL_BATCH ''              # sequences in a step; empty: MICRO_BATCH x
 setting TRAIN_ITERS 160              # steps
 setting LR 2e-3                      # peak learning rate
 setting MIN_LR 2e-4                  # its end
-setting WARMUP_ITERS 16              # steps of warm-up
+setting WARMUP_ITERS ''              # steps of warm-up; empty: a tenth of TRAIN_ITERS
 setting PRECISION ''                 # fp32, bf16 or fp16; empty: bf16 on GPUs, fp32 on a CPU
 setting EVAL_INTERVAL 40             # steps between evaluations
 setting EVAL_ITERS 4                 # batches in one evaluation
@@ -159,6 +159,7 @@ check_settings() {
     whole MICRO_BATCH "$MICRO_BATCH" 1
     whole GLOBAL_BATCH "$GLOBAL_BATCH" 1
     whole TRAIN_ITERS "$TRAIN_ITERS" 1
+    whole WARMUP_ITERS "$WARMUP_ITERS" 0
     [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK is $NODE_RANK, but with NNODES=$NNODES it must be from 0 to $((NNODES - 1))"
     [ "$NNODES" -eq 1 ] || [ -n "$MASTER_ADDR" ] || fail "NNODES is $NNODES, so MASTER_ADDR must be the address of the machine with NODE_RANK=0"
     [ -z "$CONFIG" ] || [ -f "$CONFIG" ] || fail "CONFIG names the file '$CONFIG', which does not exist"
@@ -216,6 +217,7 @@ choose_layout() {
             GLOBAL_BATCH=32
         fi
         GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * dp * 2))}
+        WARMUP_ITERS=${WARMUP_ITERS:-$((TRAIN_ITERS / 10))}
         [ -n "$PRECISION" ] || { [ "$gpus" -gt 0 ] && PRECISION=bf16 || PRECISION=fp32; }
     fi
 }
