@@ -179,10 +179,15 @@ class Guard:
         if first == mine:
             expected = isinstance(error, (UserError, SystemExit, KeyboardInterrupt))
             print("" if expected else "".join(traceback.format_exception(error)), first, sep="", file=sys.stderr, flush=True)
-        elif first.error != mine.error:  # the same bad input on every rank is told once
+        elif first.error != mine.error or self.speaks_for_another_machine(first):  # bad input on every rank is told once a machine
             print(f"{self.grid.describe(self.rank)} leaves {where} ({first_line(error)}): {first}", file=sys.stderr, flush=True)
         self.linger(first)
         raise SystemExit(error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1) from None
+
+    def speaks_for_another_machine(self, first: Failure) -> bool:
+        """Whether this is the first rank of a machine on which nobody has told of `first`. torchrun numbers a machine's ranks in a row."""
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", self.grid.world_size))
+        return first.rank is not None and self.rank % size == 0 and first.rank // size != self.rank // size
 
     def exit(self, failure: Failure) -> NoReturn:
         """Leave from the watching thread, whatever the main thread hangs in."""
