@@ -5,7 +5,6 @@ if it is the last. Its parameters' names are the global logical names, whatever 
 ranks never clash. With one stage the single chunk is the whole model.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,7 +99,7 @@ class ModelChunk(nn.Module):
         if last:
             self.final_norm = Norm(build, "final_norm", family.norm, config.hidden_size, config.norm_epsilon)
             self.head = VocabParallelHead(ctx, self._head_weight(ctx, tied=tied), config.vocab_size)
-        self.add_rotary(groups.device)
+        self._add_rotary(groups.device)
 
     def _head_weight(self, ctx: ParallelContext, *, tied: bool) -> nn.Parameter:
         if tied and self.embedding is not None:
@@ -110,7 +109,7 @@ class ModelChunk(nn.Module):
         assert vocab_size is not None
         return vocabulary_parameter(ctx, name, vocab_size, hidden, std, tied=tied, tied_copy=tied)
 
-    def add_rotary(self, device: torch.device) -> None:
+    def _add_rotary(self, device: torch.device) -> None:
         """Inverse frequencies [D / 2] of the rotary embedding, in fp32 whatever the model's precision."""
         self.inverse_frequency: Tensor | None = None
         if self.family.positions == "rotary":
@@ -202,7 +201,6 @@ def build_chunks(
     options: ModelOptions,
     *,
     virtual: int = 1,
-    progress: Callable[[str], None] | None = None,
 ) -> list[ModelChunk]:
     """This rank's chunks, in order: chunk c is virtual stage c x pp + pp rank."""
     stages = groups.pp.size * virtual
@@ -210,7 +208,5 @@ def build_chunks(
     for number in range(virtual):
         stage = number * groups.pp.size + groups.pp.rank
         layers = chunk_layers(config.num_layers, stages, stage)
-        if progress is not None:
-            progress(f"building layers {layers.start}-{layers.stop - 1}")
         chunks.append(ModelChunk(family, config, groups, kernels, options, layers, first=stage == 0, last=stage == stages - 1))
     return chunks

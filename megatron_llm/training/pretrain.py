@@ -97,14 +97,14 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
 def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: str) -> RunInfo:
     """What the console's header and the logs say about the run."""
     groups = engine.groups
-    backend = dist.get_backend() if dist.is_initialized() else ""
+    backend, threads = dist.get_backend() if dist.is_initialized() else "", torch.get_num_threads()
     return RunInfo(
         config=config,
         start_step=start_step,
         train_iters=config.train.train_iters,
         world_size=groups.world.size,
         parameter_count=count_parameters(engine),
-        layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {torch.get_num_threads()} threads each",
+        layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {threads} thread{'s' if threads > 1 else ''} each",
         lr_points=lr_points(config, start_step),
         notes=(f"kernels: {torch_kernels().name}", peak, *advice(config, groups.world.size)),
     )
