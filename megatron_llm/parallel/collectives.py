@@ -1,12 +1,12 @@
-"""Collectives that autograd can go through, in conjugate pairs (Shoeybi et al. 2019; Korthikanti et al. 2022).
+"""Collectives that autograd can go through (Shoeybi et al. 2019; Korthikanti et al. 2022).
 
-    forward                         backward
-    copy_to_group     identity      all-reduce        input of a column-parallel product
-    reduce_from_group all-reduce    identity          output of a row-parallel product
-    gather_sequence   all-gather    reduce-scatter    input of a column-parallel product under sequence parallelism
-    scatter_sequence  reduce-scatter all-gather       output of a row-parallel product under sequence parallelism
+                      forward          backward
+    reduce_from_group all-reduce       identity      output of a row-parallel product
+    scatter_sequence  reduce-scatter   all-gather    the same under sequence parallelism
 
-All act on the first dimension (the sequence). Over a group of one rank each of them is the identity.
+Their conjugates, which bring the input to a column-parallel product, are part of that product's own autograd function
+(`layers`), where they overlap with it. All act on the first dimension, the sequence; over a group of one rank each is
+the identity.
 """
 
 from typing import Any
@@ -16,19 +16,6 @@ from torch import Tensor
 
 from megatron_llm.parallel.comm import all_gather_first_dim, all_reduce, reduce_scatter_first_dim
 from megatron_llm.parallel.groups import Group
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        all_reduce(grad, ctx.group)
-        return grad, None
 
 
 class _ReduceFromGroup(torch.autograd.Function):
@@ -41,17 +28,6 @@ class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather_first_dim(x.contiguous(), group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_first_dim(grads[0].contiguous(), ctx.group), None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -72,19 +48,9 @@ def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> 
     return result
 
 
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """Identity; the gradient is summed over the group."""
-    return _apply(_CopyToGroup, x, group)
-
-
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient passes unchanged."""
     return _apply(_ReduceFromGroup, x, group)
-
-
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    """[S/n, ...] of each rank to [S, ...] on all; the gradient is summed over the group and scattered back."""
-    return _apply(_GatherSequence, x, group)
 
 
 def scatter_sequence(x: Tensor, group: Group) -> Tensor:

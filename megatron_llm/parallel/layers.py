@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_llm.parallel.collectives import reduce_from_group, scatter_sequence
-from megatron_llm.parallel.comm import all_gather_first_dim, all_reduce, reduce_scatter_first_dim
+from megatron_llm.parallel.comm import Pending, all_gather_first_dim, all_gather_into, all_reduce, reduce_scatter_into
 from megatron_llm.parallel.groups import Group
 from megatron_llm.parallel.placement import Part, Placement, set_placement
 from megatron_llm.parallel.random import fill_normal_
@@ -77,7 +77,8 @@ def replicated_parameter(
 class _ColumnLinear(torch.autograd.Function):
     """Product with the input gathered (sequence parallel) or copied; only this rank's input is kept for the backward.
 
-    The backward overlaps the reduction of the input's gradient with the product that makes the weight's.
+    The backward hides communication behind the products: the input is gathered again while the input's gradient is
+    computed, and that gradient is reduced while the weight's is computed.
     """
 
     @staticmethod
@@ -89,19 +90,19 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        group = ctx.group
+        group, wants_weight = ctx.group, ctx.needs_input_grad[1]
+        gathered = Pending(x)
+        if ctx.sequence_parallel and wants_weight:
+            gathered = all_gather_into(x.new_empty((x.shape[0] * group.size, *x.shape[1:])), x.contiguous(), group, async_op=True)
         grad = grads[0].contiguous()
-        total = all_gather_first_dim(x, group) if ctx.sequence_parallel and ctx.needs_input_grad[1] else x
         grad_x = grad.matmul(weight)
-        work = None
+        total = gathered.wait()
         if ctx.sequence_parallel:
-            grad_x = reduce_scatter_first_dim(grad_x, group)
+            reduced = reduce_scatter_into(torch.empty_like(x, memory_format=torch.contiguous_format), grad_x, group, async_op=True)
         else:
-            work = all_reduce(grad_x, group, async_op=True)
-        grad_weight = grad.flatten(0, -2).t().matmul(total.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        if work is not None:
-            work.wait()
-        return grad_x, grad_weight, None, None
+            reduced = all_reduce(grad_x, group, async_op=True)
+        grad_weight = grad.flatten(0, -2).t().matmul(total.flatten(0, -2)) if wants_weight else None
+        return reduced.wait(), grad_weight, None, None
 
 
 class ColumnParallelLinear(nn.Module):
