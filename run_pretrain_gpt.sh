@@ -38,16 +38,16 @@ setting HIDDEN_SIZE 256              # width
 setting NUM_HEADS 8                  # attention heads
 setting NUM_QUERY_GROUPS ''          # key/value heads; empty: as many as attention heads
 setting SEQ_LENGTH 128               # tokens in a sequence
-setting MICRO_BATCH 8                # sequences in one forward pass of one rank
-setting GLOBAL_BATCH ''              # sequences in a step; empty: MICRO_BATCH x data-parallel ranks x 2, demo 32
-setting TRAIN_ITERS 160              # steps
+setting MICRO_BATCH 4                # sequences in one forward pass of one rank
+setting GLOBAL_BATCH ''              # sequences in a step; empty: MICRO_BATCH x data-parallel ranks x 2, demo 16
+setting TRAIN_ITERS 240              # steps
 setting LR 2e-3                      # peak learning rate
 setting MIN_LR 2e-4                  # its end
 setting WARMUP_ITERS ''              # steps of warm-up; empty: a tenth of TRAIN_ITERS
 setting PRECISION ''                 # fp32, bf16 or fp16; empty: bf16 on GPUs, fp32 on a CPU
-setting EVAL_INTERVAL 40             # steps between evaluations
+setting EVAL_INTERVAL 60             # steps between evaluations
 setting EVAL_ITERS 4                 # batches in one evaluation
-setting SAVE_INTERVAL 80             # steps between checkpoints
+setting SAVE_INTERVAL 120            # steps between checkpoints
 setting LOG_INTERVAL 10              # steps between lines
 setting SEED 1234
 
@@ -213,8 +213,8 @@ choose_layout() {
         world=$((NNODES * GPUS_PER_NODE))
         [ $((world % (TP * PP))) -eq 0 ] || fail "$NNODES x $GPUS_PER_NODE processes cannot be laid out as TP=$TP x PP=$PP: the number of processes must be a multiple of $((TP * PP))"
         dp=$((world / (TP * PP)))
-        if [ -z "$GLOBAL_BATCH" ] && [ "$demo" = 1 ] && [ $((32 % (MICRO_BATCH * dp))) -eq 0 ]; then
-            GLOBAL_BATCH=32
+        if [ -z "$GLOBAL_BATCH" ] && [ "$demo" = 1 ] && [ $((16 % (MICRO_BATCH * dp))) -eq 0 ]; then
+            GLOBAL_BATCH=16
         fi
         GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * dp * 2))}
         WARMUP_ITERS=${WARMUP_ITERS:-$((TRAIN_ITERS / 10))}

@@ -29,7 +29,7 @@ case "$*" in
 *preprocess_data.py*) make "$OUTPUT/data/corpus_text_document.idx" ;;
 *megatron_llm.training.launch*)
     if [ -n "${SLEEP:-}" ]; then trap 'echo saved >"$OUTPUT/saved"; exit 3' TERM; make "$OUTPUT/ready"; sleep 30 & wait; fi
-    mkdir -p "$OUTPUT/checkpoint/step_0000160" ;;
+    mkdir -p "$OUTPUT/checkpoint/step_0000240" ;;
 *convert_checkpoint.py*) make "$OUTPUT/hf/conversion_report.json" ;;
 esac
 """
@@ -115,7 +115,7 @@ def test_another_setting_repeats_the_steps_that_depend_on_it(place: Place) -> No
     place.calls()
     assert place.run(DEVICE="cpu", VOCAB_SIZE="999").returncode == 0
     assert place.calls() == ["check_config", "train_tokenizer", "preprocess_data", "pretrain", "convert_checkpoint", "generate"]
-    assert place.run(DEVICE="cpu", VOCAB_SIZE="999", TRAIN_ITERS="320").returncode == 0
+    assert place.run(DEVICE="cpu", VOCAB_SIZE="999", TRAIN_ITERS="480").returncode == 0
     assert place.calls() == ["check_config", "pretrain", "convert_checkpoint", "generate"]
 
 
@@ -157,7 +157,7 @@ def test_the_demo_uses_the_gpus_it_finds(place: Place, gpus: int, layout: tuple[
 def test_without_gpus_four_processes_on_this_machine(place: Place) -> None:
     command = place.training()
     assert value(command, "--nproc-per-node") == "4" and "--standalone" in command and "--bf16" not in command
-    assert value(command, "--global-batch-size") == "32"
+    assert value(command, "--global-batch-size") == "16"
 
 
 def test_a_node_of_many(place: Place) -> None:
@@ -166,7 +166,7 @@ def test_a_node_of_many(place: Place) -> None:
         NNODES="4", NODE_RANK="3", MASTER_ADDR="node0", MASTER_PORT="1234", DATA_PATH="0.3 a/b 0.7 c/d", TP="8", PP="2"
     )
     found = {flag: value(command, flag) for flag in ("--nnodes", "--node-rank", "--master-addr", "--master-port", "--global-batch-size")}
-    assert found == {"--nnodes": "4", "--node-rank": "3", "--master-addr": "node0", "--master-port": "1234", "--global-batch-size": "32"}
+    assert found == {"--nnodes": "4", "--node-rank": "3", "--master-addr": "node0", "--master-port": "1234", "--global-batch-size": "16"}
     assert "--standalone" not in command
     start = command.index("--data-path")
     assert command[start + 1 : start + 5] == ["0.3", "a/b", "0.7", "c/d"]
