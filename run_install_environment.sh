@@ -99,7 +99,7 @@ install_package() {
 }
 
 # Python compiles what it imports when it first does and keeps that. Where it is told not to keep it, every process would
-# compile anew, several seconds each: there it is done here, once.
+# compile anew, several seconds each: there it is done here, once. (A file that does not compile is told when imported.)
 compile_sources() {
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || return 0
     "$VENV/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|pip|setuptools)/|/transformers/models/(?!auto/|llama/|gpt2/|__init__)' \
