@@ -1,10 +1,12 @@
 # The steps of CI, each by its name. `make` alone lists them; `make ci` runs all of them, as .ci/run does.
 VENV ?= .venv
-SCRIPTS := $(wildcard *.sh) $(wildcard examples/*/*.sh)
+SCRIPTS := $(wildcard *.sh) $(wildcard examples/*/*.sh) $(wildcard benchmarks/*/*.sh)
+# Options of benchmarks/run.py, for example BENCH_ARGS="--parts limits train_step".
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install format format-check lint types shellcheck docs docs-check test ci clean
+.PHONY: help install format format-check lint types shellcheck docs docs-check test bench bench-gpu bench-peers ci clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -37,6 +39,16 @@ docs-check: install ## fail where docs/config.md is stale
 
 test: install ## the tests
 	@VENV=$(VENV) sh run_tests.sh
+
+bench-peers: install ## make the environments of the peers that the benchmark compares with
+	@PYTHON=$(VENV)/bin/python sh benchmarks/peers/install.sh
+
+bench: install ## our figures beside the peers', into bench_results/
+	$(VENV)/bin/python -m benchmarks.run $(BENCH_ARGS)
+
+# Nothing is installed: a machine with a GPU has the torch that fits its driver, often in an interpreter of its own.
+bench-gpu: ## on a machine with a GPU: training beside transformers there, within ten minutes, into bench_results/gpu/
+	@python=$(VENV)/bin/python; [ -x $$python ] || python=python3; $$python -m benchmarks.gpu.bench $(BENCH_ARGS)
 
 ci: install format-check lint types shellcheck docs-check test ## all that CI runs
 

@@ -155,10 +155,16 @@ export PIP_QUIET=2      # errors only
 install_torch
 install_package
 compile_sources
-if ls "$HERE"/megatron_llm/_C*.so >/dev/null 2>&1; then
-    extension="the C++ extension"
-else
-    extension="numpy in place of the C++ extension, which needs a C++ compiler"
-fi
+built=""
+missing=""
+for extension in _C _kernels _shm; do
+    if ls "$HERE/megatron_llm/$extension".*.so >/dev/null 2>&1; then
+        built="$built $extension"
+    else
+        missing="$missing $extension"
+    fi
+done
+extensions="C++ extensions built:${built:- none}"
+[ -z "$missing" ] || extensions="$extensions; not built, slower forms serve:$missing"
 fingerprint >"$stamp"
-echo "== done in $(($(date +%s) - start)) s: $("$VENV/bin/python" --version), torch $version, $extension"
+echo "== done in $(($(date +%s) - start)) s: $("$VENV/bin/python" --version), torch $version, $extensions"

@@ -6,8 +6,7 @@ example:
 
 import argparse
 
-from megatron_llm.data.preprocess import PreprocessSettings, preprocess
-from megatron_llm.data.tokenizers import TOKENIZER_TYPES
+from megatron_llm.data.preprocess_settings import TOKENIZER_BACKENDS, TOKENIZER_TYPES, PreprocessSettings
 from megatron_llm.utils.errors import run_command
 
 
@@ -27,6 +26,12 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     add("--tokenizer-model", help="HuggingFaceTokenizer: folder with tokenizer.json; SentencePieceTokenizer: .model file")
     add("--vocab-file", help="GPT2BPETokenizer: vocab.json")
     add("--merge-file", help="GPT2BPETokenizer: merges.txt")
+    add(
+        "--tokenizer-backend",
+        choices=TOKENIZER_BACKENDS,
+        default="auto",
+        help="who makes the ids: gigatoken, the tokenizer's own library, or (default: auto) the first where it gives the ids of the second",
+    )
     add("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document id")
     add("--split-sentences", action="store_true", help="make each sentence a sequence")
     add("--keep-newlines", action="store_true", help="keep the white space between sentences, at the end of the first")
@@ -47,6 +52,9 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
 def main() -> None:
     """Preprocess, then say what was made."""
     settings = parse_arguments()
+    settings.check()
+    from megatron_llm.data.preprocess import preprocess  # brings numpy: help and wrong flags need not wait for it
+
     summary = preprocess(settings)
     for prefix, marks in summary.datasets.items():
         print(f"{prefix}.bin/.idx: {marks.documents} documents, {marks.sequences} sequences, {marks.tokens} tokens")

@@ -6,7 +6,6 @@ example:
 
 import argparse
 
-from megatron_llm.data.train_tokenizer import train_tokenizer
 from megatron_llm.utils.errors import run_command
 
 
@@ -20,6 +19,8 @@ def main() -> None:
     add("--json-keys", nargs="+", default=["text"], help="keys of a record whose texts are used (default: text)")
     add("--max-megabytes", type=float, default=500.0, help="million characters to read at most (default: 500)")
     values = parser.parse_args()
+    from megatron_llm.data.train_tokenizer import train_tokenizer  # brings numpy: help need not wait for it
+
     made = train_tokenizer(values.input, values.output, values.vocab_size, json_keys=values.json_keys, max_megabytes=values.max_megabytes)
     print(f"{values.output}: {made.vocab_size} ids from {made.texts} texts, {made.characters} characters")
 

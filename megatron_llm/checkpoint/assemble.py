@@ -9,7 +9,7 @@ Who writes what follows from the table of rectangles, which ranks exchange once 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,10 @@ class WholeTensor:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What this rank writes: `live` are views of the model's memory, `copied` were put together on the host.
+class Share:
+    """What this rank writes: `tensors` in the order of the model, as file `number` of `count`, from 0; None for no file."""
 
-    `keys` of both, in the order of the model. `number` of `count` is this rank among the ranks that write weights,
-    counted from 0; None when it writes none.
-    """
-
-    live: list[Entry]
-    copied: list[Entry]
-    keys: list[str]
+    tensors: list[WholeTensor]
     number: int | None
     count: int
 
@@ -66,34 +60,47 @@ class _Plan:
 
 
 class WeightCollector:
-    """Puts whole weights together at their writers. Its one method is collective over the world."""
+    """Puts whole weights together at their writers. Its methods are collective over the world."""
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups
         self._plan: _Plan | None = None
 
-    @torch.no_grad()
-    def collect(self, entries: Iterable[Entry]) -> Collected:
-        """The whole weights that this rank is to write, from the counted entries of all ranks.
+    def share(self, entries: Iterable[Entry]) -> Share:
+        """Which whole weights this rank is to write, from the counted entries of all ranks.
 
         ValueError on every rank when the counted entries of some tensor-parallel group do not cover a tensor exactly once.
         """
-        held = [entry for entry in entries if entry.counted and entry.tensor.numel()]
-        plan = self._plan = self._current_plan(_table(held))
-        views = {(entry.key, entry.start): entry.tensor.detach() for entry in held}
+        plan = self._plan = self._current_plan(_table(_held(entries)))
+        here = (self._groups.tp.rank, self._groups.dp.rank)
+        return Share([whole for whole in plan.tensors if whole.writer == here], plan.number, plan.count)
+
+    @torch.no_grad()
+    def collect(self, entries: Iterable[Entry], targets: Mapping[str, Tensor] | None = None) -> list[Entry]:
+        """The whole weights of this rank's `share`, which must have been asked for with the same entries.
+
+        They are written to `targets`, host tensors by key. Without it they are views of the model's memory, or, where they
+        had to be put together, in new host memory.
+        """
+        plan = self._plan
+        assert plan is not None, "ask for the share first"
+        views = {(entry.key, entry.start): entry.tensor.detach() for entry in _held(entries)}
         tp, dp = self._groups.tp, self._groups.dp
         queues = [[whole for whole in plan.tensors if whole.writer == (rank, dp.rank)] for rank in range(tp.size)]
-        live, copied = [], []
+        collected = []
         for turn in range(max(map(len, queues))):
             row = {rank: queue[turn] for rank, queue in enumerate(queues) if turn < len(queue)}
             received = self._trade(row, views)
             if tp.rank in row:
                 whole, start = row[tp.rank], (0,) * len(row[tp.rank].shape)
-                if list(whole.boxes) == [tp.rank] and whole.boxes[tp.rank] == [(start, whole.shape)]:
-                    live.append(Entry(whole.key, whole.shape, start, views[whole.key, start]))
-                else:
-                    copied.append(Entry(whole.key, whole.shape, start, _join(whole, views, received)))
-        return Collected(live, copied, [whole.key for whole in queues[tp.rank]], plan.number, plan.count)
+                target = targets[whole.key] if targets is not None else None
+                tensor = views.get((whole.key, start))
+                if list(whole.boxes) != [tp.rank] or whole.boxes[tp.rank] != [(start, whole.shape)] or tensor is None:
+                    tensor = _join(whole, views, received, target)
+                elif target is not None:
+                    tensor = target.copy_(tensor)
+                collected.append(Entry(whole.key, whole.shape, start, tensor))
+        return collected
 
     def _trade(self, row: dict[int, WholeTensor], views: dict[Place, Tensor]) -> dict[int, Tensor]:
         """One round: send this rank's parts of the tensors that others write, receive the parts of the one it writes."""
@@ -132,6 +139,10 @@ class WeightCollector:
         writers = [rank for rank, (writes, _) in enumerate(everyone) if writes]
         number = writers.index(groups.world.rank) if mine else None
         return _Plan(table, tensors, number, len(writers))
+
+
+def _held(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.counted and entry.tensor.numel()]
 
 
 def _table(held: Sequence[Entry]) -> list[list[Any]]:
@@ -173,9 +184,9 @@ def _pack(whole: WholeTensor, rank: int, views: dict[Place, Tensor]) -> Tensor:
     return torch.cat([views[whole.key, start].contiguous().view(-1) for start, _ in whole.boxes[rank]]).view(torch.uint8)
 
 
-def _join(whole: WholeTensor, views: dict[Place, Tensor], received: dict[int, Tensor]) -> Tensor:
-    """The whole tensor in host memory; rectangles that were not received are this rank's own."""
-    target = torch.empty(whole.shape, dtype=whole.dtype)
+def _join(whole: WholeTensor, views: dict[Place, Tensor], received: dict[int, Tensor], target: Tensor | None) -> Tensor:
+    """The whole tensor in host memory, `target` where given; rectangles that were not received are this rank's own."""
+    target = target if target is not None else torch.empty(whole.shape, dtype=whole.dtype)
     for source, boxes in whole.boxes.items():
         flat = received[source].cpu().view(whole.dtype) if source in received else None
         offset = 0

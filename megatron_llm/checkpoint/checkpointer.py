@@ -16,53 +16,18 @@ import torch
 
 from megatron_llm import __version__
 from megatron_llm.checkpoint.assemble import WeightCollector
+from megatron_llm.checkpoint.contents import FileContents, adapter_files, hf_files, sharded_files
 from megatron_llm.checkpoint.entries import Entry
 from megatron_llm.checkpoint.exchange import agree, attempt, share_json
 from megatron_llm.checkpoint.manifest import OPTIMIZER, Manifest, plain_json
 from megatron_llm.checkpoint.retention import Retention, apply_retention, complete_checkpoints
-from megatron_llm.checkpoint.save import (
-    Attempt,
-    Commit,
-    FileContents,
-    abandon,
-    adapter_files,
-    commit,
-    hf_files,
-    prepare,
-    sharded_files,
-    write_rank,
-)
+from megatron_llm.checkpoint.save import Attempt, Commit, abandon, commit, prepare, write_rank
+from megatron_llm.checkpoint.staging import Staging, copy_entries
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.utils.errors import UserError
 
 _VISIBILITY_SECONDS = 60.0  # how long a file that another machine has written may take to appear on a shared file system
-_ALIGNMENT = 64
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as peft names it
-
-
-class _Staging:
-    """One block of host memory that owned tensors are copied to; kept between saves, page-locked when they lie on a GPU."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The owned entries with their tensors replaced by copies that stay as they are until the next call."""
-        owned = [entry for entry in entries if entry.owned and entry.tensor.numel()]
-        sizes = [-(-entry.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for entry in owned]
-        on_gpu = any(entry.tensor.is_cuda for entry in owned)
-        if self._memory.numel() < sum(sizes):
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
-        copies, offset = [], 0
-        for entry, size in zip(owned, sizes, strict=True):
-            block = self._memory.narrow(0, offset, entry.tensor.nbytes)
-            target = block.view(entry.tensor.dtype).view(entry.shape)
-            target.copy_(entry.tensor.detach(), non_blocking=True)
-            copies.append(replace(entry, tensor=target))
-            offset += size
-        if on_gpu:
-            torch.cuda.synchronize()
-        return copies
 
 
 class _Job:
@@ -156,7 +121,7 @@ class Checkpointer:
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._async = async_save
         self._report = report
-        self._staging = _Staging()
+        self._staging = Staging(pinned=groups.device.type == "cuda")
         self._job: _Job | None = None
         self._known: dict[Path, Manifest] = {}
         self._sequence: int | None = None
@@ -194,19 +159,40 @@ class Checkpointer:
             self.wait()
         return task.final
 
+    def reserve(self, entries: Sequence[Entry]) -> None:
+        """Get the host memory for background saves of these entries now, so that the first one waits for its copy alone.
+
+        Nothing when saves are not in the background, and while one is under way.
+        """
+        if self._async and self._job is None:
+            self._staging.reserve(self._planned(entries))
+
     def _files(self, entries: Sequence[Entry]) -> list[FileContents]:
         """What this rank writes to which file; with `async_save` out of memory that training does not touch."""
+        planned = self._planned(entries)
+        staged = self._staging.reserve(planned) if self._async else None
+        collected: dict[str, Entry] = {}
+        if self._collector is not None:
+            places = {entry.key: entry.tensor for file in staged or () for entry in file.entries}
+            weights = self._collector.collect(_parted(entries)[0], places if staged is not None else None)
+            collected = {entry.key: entry for entry in weights}
+        if staged is not None:
+            copy_entries(planned, staged, skip=collected)
+            return staged
+        return [replace(file, entries=[collected.get(entry.key, entry) for entry in file.entries]) for file in planned]
+
+    def _planned(self, entries: Sequence[Entry]) -> list[FileContents]:
+        """The files of this rank. In the Hugging Face form whole weights have a place in them, but no values yet."""
         rank = self._groups.world.rank
         if self._collector is None:
-            files = adapter_files if self._form == "adapter" else sharded_files
-            return files(rank, self._staging.copy(entries) if self._async else entries)
-        found = self._collector.collect(entry for entry in entries if not entry.key.startswith(OPTIMIZER))
-        rest = [*found.live, *(entry for entry in entries if entry.key.startswith(OPTIMIZER))]
-        if self._async:
-            rest = self._staging.copy(rest)
-        weights = {entry.key: entry for entry in [*rest, *found.copied] if not entry.key.startswith(OPTIMIZER)}
-        ordered = [weights[key] for key in found.keys]
-        return hf_files(rank, ordered, found.number, found.count, [entry for entry in rest if entry.key.startswith(OPTIMIZER)])
+            return adapter_files(rank, entries) if self._form == "adapter" else sharded_files(rank, entries)
+        weights, rest = _parted(entries)
+        share = self._collector.share(weights)
+        blank = [
+            Entry(whole.key, whole.shape, (0,) * len(whole.shape), torch.empty(whole.shape, dtype=whole.dtype, device="meta"))
+            for whole in share.tensors
+        ]
+        return hf_files(rank, blank, share.number, share.count, rest)
 
     def wait(self) -> None:
         """Wait until the save under way is complete on the disk; UserError on every rank when it failed."""
@@ -280,3 +266,9 @@ class Checkpointer:
         for path in removed:
             if self._report is not None:
                 self._report(f"removed checkpoint {path.name}: not among those to keep")
+
+
+def _parted(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Weights, and what only a training needs."""
+    weights = [entry for entry in entries if not entry.key.startswith(OPTIMIZER)]
+    return weights, [entry for entry in entries if entry.key.startswith(OPTIMIZER)]

@@ -5,18 +5,29 @@ size and digest the manifest says. Digests are spread over the ranks; rank 0 dec
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_llm.checkpoint.exchange import agree, attempt, gather_json, share_json
 from megatron_llm.checkpoint.hf_folder import list_tensors, read_hf_config
 from megatron_llm.checkpoint.hf_manifest import is_foreign
-from megatron_llm.checkpoint.manifest import DELETED, MANIFEST, TEMPORARY, DamagedCheckpoint, Manifest, parse_step, read_manifest
+from megatron_llm.checkpoint.manifest import (
+    DELETED,
+    MANIFEST,
+    TEMPORARY,
+    DamagedCheckpoint,
+    DamagedContents,
+    Manifest,
+    parse_step,
+    read_manifest,
+)
 from megatron_llm.checkpoint.tensor_file import seal_file
 from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
 from megatron_llm.utils.errors import UserError
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,15 @@ def quick_check(path: Path) -> Manifest:
     return manifest
 
 
-def digest_problems(path: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Read every `ranks`-th file, from number `rank` on, and return a sentence for each that is not what was written."""
+def digest_problems(path: Path, manifest: Manifest, rank: int = 0, ranks: int = 1, *, tensors: bool = True) -> list[str]:
+    """Read every `ranks`-th file, from number `rank` on, and return a sentence for each that is not what was written.
+
+    `tensors=False` leaves out the files that hold tensors, for a caller that verifies these while it loads them.
+    """
+    held = {chunk.file for record in manifest.tensors.values() for chunk in record.chunks}
+    names = [name for name in sorted(manifest.files) if tensors or name not in held]
     problems = []
-    for name in sorted(manifest.files)[rank::ranks]:
+    for name in names[rank::ranks]:
         try:
             seal = seal_file(path / name)
         except OSError as error:
@@ -83,37 +99,75 @@ def find_latest(root: Path | str, report: Callable[[str], None] = print) -> Path
     return choose_checkpoint(root, single_process_groups(), report)
 
 
-def choose_checkpoint(path: Path | str, groups: ParallelGroups, report: Callable[[str], None] = print) -> Path | None:
+def choose_checkpoint(
+    path: Path | str,
+    groups: ParallelGroups,
+    report: Callable[[str], None] = print,
+    *,
+    tensors: bool = True,
+    damaged: Mapping[Path, str] | None = None,
+) -> Path | None:
     """The checkpoint to load: `path` itself when it is one, otherwise the newest complete one under it. Collective.
 
     None when the folder is absent or holds no finished checkpoint. UserError (on every rank) when `path` itself is
     damaged, or when there are finished checkpoints and all are damaged: starting afresh would hide that. `report`
     receives, on rank 0, one line saying which was skipped and why, and which is taken.
+
+    `tensors=False` leaves out the digests of tensors: for a caller that verifies what it loads, see `load_newest`. `damaged` are
+    those that are known to be, and why.
     """
-    path = Path(path)
+    path, known = Path(path), dict(damaged or {})
     candidates: list[Candidate] = []
     error: Exception | None = None
     if groups.world.rank == 0:
         found, error = attempt(lambda: _candidates(path))
-        candidates = found or []
+        candidates = [replace(one, manifest=None, problem=known[one.path]) if one.path in known else one for one in found or []]
     agree(error, f"looking for a checkpoint in {path}", groups)
-    skipped: list[str] = []
-    damaged: list[str] = []
+    unfinished: list[str] = []
+    broken: list[str] = []
     queue = iter(candidates)
     while True:
         candidate = next(queue, None)
         while candidate is not None and candidate.manifest is None:
-            (skipped if candidate.unfinished else damaged).append(f"{candidate.path.name} ({candidate.problem})")
+            (unfinished if candidate.unfinished else broken).append(f"{candidate.path.name} ({candidate.problem})")
             candidate = next(queue, None)
         chosen: str | None = share_json(str(candidate.path) if candidate else None, groups)
         if chosen is None:
             break
-        problems = _verify_together(Path(chosen), groups)
+        problems = _verify_together(Path(chosen), groups, tensors=tensors)
         if not problems:
-            _tell(report if groups.world.rank == 0 else None, skipped + damaged, Path(chosen))
+            _tell(report if groups.world.rank == 0 else None, unfinished + broken, Path(chosen))
             return Path(chosen)
-        damaged.append(f"{Path(chosen).name} ({problems[0]})")
-    return _none_left(path, skipped, damaged, groups, report)
+        broken.append(f"{Path(chosen).name} ({problems[0]})")
+    return _none_left(path, unfinished, broken, groups, report)
+
+
+def load_newest(
+    path: Path | str,
+    groups: ParallelGroups,
+    load: Callable[[Path], Loaded],
+    report: Callable[[str], None] = print,
+    *,
+    foreign: bool = False,
+) -> Loaded | None:
+    """Choose a checkpoint and `load` it; where that finds it damaged (DamagedContents), the next one. Collective.
+
+    So a checkpoint is read once, not once to verify it and once more to load it. What `load` returns; None, and errors,
+    as for `choose_checkpoint`. `foreign`: a Hugging Face folder will do as well, as for `choose_source`.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        chosen = (_choose_foreign(Path(path), groups, report) if foreign else None) or choose_checkpoint(
+            path, groups, report, tensors=False, damaged=damaged
+        )
+        if chosen is None:
+            return None
+        try:
+            return load(chosen)
+        except DamagedContents as error:
+            if chosen in damaged or is_foreign(chosen):
+                raise
+            damaged[chosen] = error.reason
 
 
 def choose_source(path: Path | str, groups: ParallelGroups, report: Callable[[str], None] = print) -> Path | None:
@@ -121,12 +175,16 @@ def choose_source(path: Path | str, groups: ParallelGroups, report: Callable[[st
 
     A folder that holds checkpoints is taken for that, whatever else lies in it.
     """
-    path = Path(path)
+    return _choose_foreign(Path(path), groups, report) or choose_checkpoint(path, groups, report)
+
+
+def _choose_foreign(path: Path, groups: ParallelGroups, report: Callable[[str], None]) -> Path | None:
+    """`path` when it is a Hugging Face folder, with its line."""
     line, error = attempt(lambda: _foreign_line(path)) if groups.world.rank == 0 else (None, None)
     agree(error, f"looking for weights in {path}", groups)
     line = share_json(line, groups)
     if line is None:
-        return choose_checkpoint(path, groups, report)
+        return None
     if groups.world.rank == 0:
         report(line)
     return path
@@ -167,12 +225,11 @@ def _candidate(path: Path) -> Candidate:
         return Candidate(path, None, error.reason)
 
 
-def _verify_together(path: Path, groups: ParallelGroups) -> list[str]:
-    """Digests of a checkpoint's files, spread over the ranks; every rank gets all problems."""
+def _verify_together(path: Path, groups: ParallelGroups, *, tensors: bool) -> list[str]:
+    """Digests of a checkpoint's files, with or without those that hold tensors, spread over the ranks; every rank gets all problems."""
 
     def verify() -> list[str]:
-        manifest = read_manifest(path)
-        return digest_problems(path, manifest, groups.world.rank, groups.world.size)
+        return digest_problems(path, read_manifest(path), groups.world.rank, groups.world.size, tensors=tensors)
 
     problems, error = attempt(verify)
     if error is not None:

@@ -1,13 +1,13 @@
 """Reading a checkpoint into any layout: each wanted rectangle is put together from the chunks it overlaps.
 
-Only the overlapping parts are read (files are memory-mapped). A Hugging Face folder is read like a checkpoint whose
+Only the pieces in which the overlaps lie are read, see `reading`. A Hugging Face folder is read like a checkpoint whose
 tensors are each one whole chunk, see `hf_manifest`. Keys, shapes and dtypes are
 compared before the first byte is copied, and all differences are shown at once, on every rank.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 from megatron_llm.checkpoint.bin_file import open_tensors
 from megatron_llm.checkpoint.entries import Entry, overlap
 from megatron_llm.checkpoint.exchange import agree, attempt, gather_json
-from megatron_llm.checkpoint.hf_manifest import open_manifest
-from megatron_llm.checkpoint.manifest import OPTIMIZER, DamagedCheckpoint, Manifest, is_buffer, read_manifest
+from megatron_llm.checkpoint.hf_manifest import is_foreign, open_manifest
+from megatron_llm.checkpoint.manifest import OPTIMIZER, DamagedCheckpoint, DamagedContents, Manifest, TensorRecord, is_buffer, read_manifest
+from megatron_llm.checkpoint.reading import FileWants, Wanted, read_files
 from megatron_llm.checkpoint.tensor_file import dtype_from_name, dtype_name
 from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
 from megatron_llm.utils.errors import UserError
@@ -96,32 +97,68 @@ def load_entries(
     cast: bool = False,
     complete: Sequence[str] = (),
     finite: bool = False,
+    verify: bool = False,
 ) -> None:
     """Fill the entries' tensors, in place, from a checkpoint saved under any layout. Collective over `groups.world`.
 
     UserError on every rank, before anything is copied, when any rank wants a key that the checkpoint lacks or has in
     another shape or dtype. `cast=True` converts dtypes instead. `complete` names prefixes of keys ("" is all) of which
     the ranks together must load every element that the checkpoint has, so that nothing saved is silently left behind.
-    `finite` refuses weights with NaN or infinity, by name, after they were read.
+    `finite` refuses weights with NaN or infinity, by name, after they were read. `verify` compares what is read with its
+    digests: DamagedContents on every rank, the entries then hold anything.
     """
     path = Path(path)
     groups = groups or single_process_groups()
     entries = [entry for entry in entries if entry.tensor.numel()]
-    reader, error = attempt(lambda: CheckpointReader(path))
+    manifest, error = attempt(lambda: open_manifest(path))
     agree(error, f"opening {path}", groups)
-    assert reader is not None
-    with reader:
-        problems = [problem for entry in entries if (problem := _mismatch(entry, reader.manifest, cast))]
-        gathered = gather_json([problems, sorted({entry.key for entry in entries}) if complete else []], groups)
-        _raise_problems(path, gathered, reader.manifest, complete)
-        _, error = attempt(lambda: [reader.copy_into(entry.key, entry.start, entry.tensor) for entry in entries])
-        agree(error, f"reading {path}", groups)
+    assert manifest is not None
+    problems = [problem for entry in entries if (problem := _mismatch(entry, manifest, cast))]
+    gathered = gather_json([problems, sorted({entry.key for entry in entries}) if complete else []], groups)
+    _raise_problems(path, gathered, manifest, complete)
+    _, error = attempt(lambda: _read(path, manifest, entries, verify=verify, alone=groups.world.size == 1))
+    damages = gather_json(error.reason if isinstance(error, DamagedCheckpoint) else None, groups)
+    damage = next((reason for reason in damages if reason is not None), None)
+    if damage is not None:
+        raise DamagedContents(path, damage)
+    agree(error, f"reading {path}", groups)
     if finite:
         bad = gather_json(sorted({entry.key for entry in entries if not _finite(entry)}), groups)
         names = sorted({key for keys in bad for key in keys})
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise UserError(f"{path} holds NaN or infinite values in {', '.join(names[:_SHOWN])}{more}: these weights cannot be trained on")
+
+
+def _read(path: Path, manifest: Manifest, entries: Sequence[Entry], *, verify: bool, alone: bool) -> None:
+    """Fill this rank's entries. What other ranks of a machine read as well, the weights, goes through the page cache."""
+    wanted: dict[str, list[Wanted]] = {}
+    shared: set[str] = set()
+    for entry in entries:
+        found = list(_overlaps(manifest.tensors[entry.key], entry.start, entry.tensor))
+        if sum(want.target.numel() for _, want in found) != entry.tensor.numel():
+            raise DamagedCheckpoint(path, f"{entry.key} does not have all of the elements asked for")
+        for file, want in found:
+            wanted.setdefault(file, []).append(want)
+            if not alone and not entry.key.startswith(OPTIMIZER):
+                shared.add(file)
+    seals = manifest.files if verify and not is_foreign(path) else {}
+    files = [FileWants(path / file, wants, seals.get(file), direct=file not in shared) for file, wants in sorted(wanted.items())]
+    try:
+        read_files(files)
+    except OSError as error:
+        raise DamagedCheckpoint(path, f"{Path(error.filename or '').name or 'a file'} cannot be read: {error.strerror or error}") from error
+
+
+def _overlaps(record: TensorRecord, start: Sequence[int], target: Tensor) -> Iterator[tuple[str, Wanted]]:
+    """The parts of a target, by file, that lie in each chunk of a tensor."""
+    for chunk in record.chunks:
+        shared = overlap(start, target.shape, chunk.start, chunk.shape)
+        if shared is not None:
+            at, shape = shared
+            inside = tuple(a - b for a, b in zip(at, chunk.start, strict=True))
+            place = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, start, shape, strict=True))
+            yield chunk.file, Wanted(chunk.name, dtype_from_name(record.dtype), chunk.shape, inside, target[place])
 
 
 def _finite(entry: Entry) -> bool:

@@ -31,7 +31,7 @@ from megatron_llm.checkpoint.tensor_file import FileSeal, dtype_from_name
 from megatron_llm.utils.errors import UserError
 
 FORMAT = "megatron_llm checkpoint"
-VERSION = 1
+VERSION = 2  # since then files are sealed piece by piece
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 LATEST = "latest"
@@ -51,6 +51,10 @@ class DamagedCheckpoint(UserError):
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"checkpoint {folder} is damaged: {reason}")
         self.reason = reason
+
+
+class DamagedContents(DamagedCheckpoint):
+    """The same, found while tensors were read, and raised on every rank alike."""
 
 
 def is_buffer(key: str) -> bool:

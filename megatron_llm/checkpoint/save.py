@@ -16,7 +16,6 @@ left behind cannot be mistaken for this one's.
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -30,9 +29,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from megatron_llm.checkpoint.contents import METADATA, FileContents
 from megatron_llm.checkpoint.durable import move_folder, remove_folder, replace_file, write_aside, write_durably
-from megatron_llm.checkpoint.entries import Entry
-from megatron_llm.checkpoint.hf_folder import INDEX, is_model_file, shard_names, tokenizer_files
+from megatron_llm.checkpoint.hf_folder import INDEX, is_model_file, tokenizer_files
 from megatron_llm.checkpoint.joined import join_weights
 from megatron_llm.checkpoint.manifest import (
     LATEST,
@@ -46,7 +45,7 @@ from megatron_llm.checkpoint.manifest import (
     step_name,
     write_manifest,
 )
-from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, TensorSpec, dtype_from_name, dtype_name, seal_file
+from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, dtype_from_name, seal_bytes, seal_file, write_image
 from megatron_llm.utils.atomic import fsync_dir
 from megatron_llm.utils.errors import UserError
 
@@ -98,34 +97,6 @@ def save_error(attempt: Attempt, error: OSError) -> str:
     return f"cannot save step {attempt.step} in {attempt.root}: {error.strerror or error} ({error.filename or attempt.temporary})"
 
 
-@dataclass(frozen=True)
-class FileContents:
-    """A tensor file that a rank writes: its name in the checkpoint's folder, and what is in it."""
-
-    name: str
-    entries: Sequence[Entry]
-
-
-def sharded_files(rank: int, entries: Sequence[Entry]) -> list[FileContents]:
-    """The one file of a rank in the sharded form: all that it owns."""
-    return [FileContents(f"rank_{rank:05d}.safetensors", _owned(entries))]
-
-
-def hf_files(rank: int, weights: Sequence[Entry], number: int | None, count: int, rest: Sequence[Entry]) -> list[FileContents]:
-    """The files of a rank in the Hugging Face form: whole weights as file `number` of `count`, the optimizer aside."""
-    files = [] if number is None else [FileContents(shard_names(count)[number], _owned(weights))]
-    return [*files, FileContents(f"{OPTIMIZER_FOLDER}/rank_{rank:05d}.safetensors", _owned(rest))]
-
-
-def adapter_files(rank: int, entries: Sequence[Entry]) -> list[FileContents]:
-    """The one file of a rank whose weights rank 0 then joins to one file: all that it owns, aside."""
-    return [FileContents(f"{OPTIMIZER_FOLDER}/rank_{rank:05d}.safetensors", _owned(entries))]
-
-
-def _owned(entries: Sequence[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry.owned and entry.tensor.numel()]
-
-
 def write_rank(attempt: Attempt, rank: int, files: Sequence[FileContents]) -> None:
     """Write this rank's files and the record that vouches for them; UserError when the file system refuses."""
     try:
@@ -142,35 +113,23 @@ def _write_rank(attempt: Attempt, rank: int, files: Sequence[FileContents]) -> N
     tensors: dict[str, dict[str, Any]] = {}
     seals: dict[str, dict[str, Any]] = {}
     for file in files:
-        if file.entries:
-            seal = _write_file(attempt.temporary, file, tensors)
-            seals[file.name] = {"size": seal.size, "sha256": seal.sha256}
+        seal = _write_file(attempt.temporary, file)
+        file.enter(tensors)
+        seals[file.name] = {"size": seal.size, "sha256": seal.sha256}
     record_data = {"attempt": attempt.id, "files": seals, "tensors": tensors}
     write_durably(_record_path(attempt, rank), json.dumps(record_data).encode())
 
 
-def _write_file(folder: Path, file: FileContents, tensors: dict[str, dict[str, Any]]) -> FileSeal:
-    """Write one file, and enter into `tensors` what lies where in it."""
-    # Widest dtypes first, so that every tensor lies at a multiple of its element size.
-    ordered = sorted(file.entries, key=lambda entry: -entry.tensor.dtype.itemsize)
-    specs = [TensorSpec(_name_in_file(entry), entry.tensor.dtype, entry.shape) for entry in ordered]
+def _write_file(folder: Path, file: FileContents) -> FileSeal:
     path = folder / file.name
     if path.parent != folder:
         path.parent.mkdir(exist_ok=True)
-    with TensorFileWriter(path, specs, {"format": "pt"}) as writer:
-        for entry, spec in zip(ordered, specs, strict=True):
+    if file.image is not None:
+        return write_image(path, file.image, file.layout.size)
+    with TensorFileWriter(path, file.specs, METADATA) as writer:
+        for entry, spec in zip(file.entries, file.specs, strict=True):
             writer.write(spec.name, entry.tensor)
-            kind = {"dtype": dtype_name(entry.tensor.dtype), "shape": list(entry.global_shape)}
-            record = tensors.setdefault(entry.key, {**kind, "chunks": []})
-            if record | kind != record:
-                raise ValueError(f"{entry.key} is given as {kind} and as {record['dtype']} {record['shape']}")
-            record["chunks"].append([file.name, spec.name, list(entry.start), list(entry.shape)])
         return writer.close()
-
-
-def _name_in_file(entry: Entry) -> str:
-    """The key itself for a whole tensor, so that the file reads like any safetensors file; otherwise key and start."""
-    return entry.key if entry.shape == entry.global_shape else f"{entry.key}@{','.join(map(str, entry.start))}"
 
 
 def _record_path(attempt: Attempt, rank: int) -> Path:
@@ -274,7 +233,7 @@ def _write_documents(task: Commit, manifest: Manifest) -> dict[str, FileSeal]:
     for name, content in documents.items():
         data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
         write_durably(task.attempt.temporary / name, data)
-        seals[name] = FileSeal(len(data), hashlib.sha256(data).hexdigest())
+        seals[name] = seal_bytes(data)
     return seals
 
 

@@ -1,23 +1,23 @@
 """Writing safetensors files tensor by tensor, hashed on the way out.
 
 The safetensors library writes a file from tensors that are all in memory. Saving and exporting want less: the header
-first (shapes are known before any tensor is read), then one tensor at a time, with the digest computed from the bytes
-that go to the file, so that a file need not be read again to be sealed. Reading is left to the library.
+first (shapes are known before any tensor is read), then one tensor at a time, with the digests computed from the bytes
+that go to the file, so that a file need not be read again to be sealed.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from megatron_llm.checkpoint.pieces import PIECE, PieceWriter, bytes_of, host_memory, padded, piece_count, read_digests
 
 _CODES = {
     torch.float64: "F64",
@@ -32,7 +32,7 @@ _CODES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
-_BLOCK = 16 * 1024 * 1024
+_BUFFERS = 5  # pieces in memory at a time: those that threads write and hash, and the next ones
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -75,46 +75,94 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FileSeal:
-    """Size in bytes and SHA-256 (hex) of a file."""
+    """Size in bytes of a file, and the SHA-256 (hex) of each 4 MiB of it in order, separated by spaces.
+
+    So for a file of up to 4 MiB `sha256` is what `sha256sum` prints.
+    """
 
     size: int
     sha256: str
 
+    @property
+    def digests(self) -> list[str]:
+        """The SHA-256 of each piece."""
+        return self.sha256.split(" ")
+
 
 def seal_file(path: Path) -> FileSeal:
-    """Read a file and return its size and digest."""
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return FileSeal(size, digest.hexdigest())
+    """Read a file, with several threads, and return its size and digests."""
+    size, digests = read_digests(path)
+    return FileSeal(size, " ".join(digests))
+
+
+def seal_bytes(data: bytes) -> FileSeal:
+    """The seal of a file that holds `data`."""
+    digests = (hashlib.sha256(data[number * PIECE : (number + 1) * PIECE]).hexdigest() for number in range(piece_count(len(data))))
+    return FileSeal(len(data), " ".join(digests))
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where things lie in a safetensors file: its header, the offset of each tensor's first byte, the size of the file."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+    size: int
+
+
+def file_layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """The layout of a file that holds tensors in this order; ValueError when two have one name."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    places, offset = [], 0
+    for spec in specs:
+        if spec.name in header:
+            raise ValueError(f"two tensors of one file are named {spec.name}")
+        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size]}
+        places.append(offset)
+        offset += spec.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    begin = len(text) + 8
+    return FileLayout(len(text).to_bytes(8, "little") + text, tuple(begin + place for place in places), begin + offset)
+
+
+def write_image(path: Path, image: Tensor, size: int) -> FileSeal:
+    """Write a whole file of `size` bytes out of page-aligned host memory, `image`, which is as long as `size` padded."""
+    with PieceWriter(path, size) as file:
+        data = bytes_of(image)
+        for number in range(piece_count(size)):
+            file.put(number, data[number * PIECE : (number + 1) * PIECE])
+        return FileSeal(size, " ".join(file.close()))
 
 
 class TensorFileWriter:
     """One safetensors file under way: give the specs, then write each tensor in their order, then `close`.
 
+    Tensors are copied, wherever they are, into a few pieces of host memory, which threads hash and write meanwhile.
     As a context manager it closes the file descriptor on errors too; the partial file is the caller's to remove.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by __exit__ or close
-        self._digest = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._size = 0
+        layout = file_layout(specs, metadata)
         self._waiting = list(reversed(specs))
+        self._total, self._size = layout.size, 0
+        piece = min(PIECE, padded(layout.size))
+        buffers = min(_BUFFERS, piece_count(layout.size))
+        memory = host_memory(piece * buffers)
+        self._buffers = [memory[piece * number : piece * (number + 1)] for number in range(buffers)]
+        self._written: list[Future[None] | None] = [None] * buffers
+        self._file = PieceWriter(path, layout.size)
         try:
-            self._put(memoryview(_header(specs, metadata or {})))
+            self._put(torch.frombuffer(bytearray(layout.header), dtype=torch.uint8))
         except OSError:
-            self._end()
+            self._file.__exit__(None, None, None)
             raise
 
     def __enter__(self) -> "TensorFileWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
+        self._file.__exit__(kind, error, trace)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor, of any device and strides; ValueError when it is not the one announced."""
@@ -122,41 +170,26 @@ class TensorFileWriter:
         if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
             raise ValueError(f"expected tensor {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.numel():
-            flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            self._put(flat.numpy().data)
+            self._put(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
     def close(self) -> FileSeal:
-        """Flush to the disk itself, close, and return the size and digest of what was written."""
+        """Flush to the disk itself, close, and return the size and digests of what was written."""
         if self._waiting:
             raise ValueError(f"{len(self._waiting)} announced tensors were not written, first {self._waiting[-1].name}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._end()
-        return FileSeal(self._size, self._digest.hexdigest())
+        return FileSeal(self._size, " ".join(self._file.close()))
 
-    def _end(self) -> None:
-        self._hasher.shutdown()
-        self._file.close()
-
-    def _put(self, data: memoryview) -> None:
-        # Hashing takes about as long as writing and neither holds the interpreter, so they go on side by side.
-        hashed = self._hasher.submit(self._digest.update, data)
-        try:
-            for offset in range(0, len(data), _BLOCK):
-                self._file.write(data[offset : offset + _BLOCK])
-        finally:
-            hashed.result()
-        self._size += len(data)
-
-
-def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for spec in specs:
-        if spec.name in header:
-            raise ValueError(f"two tensors of one file are named {spec.name}")
-        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size]}
-        offset += spec.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text
+    def _put(self, data: Tensor) -> None:
+        """Append bytes, which lie in a flat tensor of uint8."""
+        taken = 0
+        while taken < len(data):
+            number, filled = divmod(self._size, PIECE)
+            turn = number % len(self._buffers)
+            before = self._written[turn]
+            if not filled and before is not None:
+                before.result()  # the piece that was in this memory is on its way no longer
+            count = min(len(data) - taken, PIECE - filled)
+            self._buffers[turn][filled : filled + count].copy_(data[taken : taken + count])
+            taken, self._size = taken + count, self._size + count
+            if filled + count == PIECE or self._size == self._total:
+                written = padded(filled + count)
+                self._written[turn] = self._file.put(number, bytes_of(self._buffers[turn][:written]))

@@ -99,14 +99,31 @@ def ffn_over_tp(config: RunConfig, world_size: int) -> str | None:
 
 
 def layers_over_stages(config: RunConfig, world_size: int) -> str | None:
-    """Each model chunk holds the same number of layers."""
-    layers = config.model.num_layers
-    pp, vpp = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size
+    """The model chunks whose layers are not given hold equally many."""
+    layers, parallel = config.model.num_layers, config.parallel
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    given = [n for n in (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers) if n is not None]
+    if given:
+        return _uneven_stages(layers, pp, vpp, given)
     if min(layers, pp, vpp) < 1 or layers % (pp * vpp) == 0:
         return None
     return (
         f"num_layers {layers} cannot be split into {pp} pipeline stages x {vpp} chunks = {pp * vpp} equal parts: "
-        f"use {_multiples(layers, pp * vpp)} layers"
+        f"use {_multiples(layers, pp * vpp)} layers, or give decoder_first_pipeline_num_layers or decoder_last_pipeline_num_layers"
+    )
+
+
+def _uneven_stages(layers: int, pp: int, vpp: int, given: list[int]) -> str | None:
+    """The layers of the first or the last stage are given: the stages between share the rest."""
+    named = "decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers"
+    if pp < 2 or vpp > 1:
+        return f"{named} need at least 2 pipeline stages without virtual stages, got {pp} stages x {vpp} chunks: leave them out"
+    rest, others = layers - sum(given), pp - len(given)
+    if (others == 0 and rest == 0) or (others > 0 and rest >= others and rest % others == 0):
+        return None
+    return (
+        f"{named} leave {rest} of {layers} layers for the other {others} of {pp} stages: "
+        f"{'the two must add up to num_layers' if others == 0 else 'that must be a positive multiple of their number'}"
     )
 
 
@@ -149,15 +166,32 @@ def schedule_fits_chunks(config: RunConfig, world_size: int) -> str | None:
     name, vpp = config.parallel.pipeline_schedule, config.parallel.virtual_pipeline_model_parallel_size
     if name == "interleaved" and vpp == 1:
         return "pipeline_schedule interleaved needs virtual_pipeline_model_parallel_size of at least 2"
-    if name in ("gpipe", "1f1b") and vpp > 1:
+    if name in ("gpipe", "1f1b", "zero-bubble") and vpp > 1:
         return f"pipeline_schedule {name} runs one chunk a rank, virtual_pipeline_model_parallel_size is {vpp}: use interleaved (or auto)"
     return None
 
 
+def zero_bubble_needs_pipeline(config: RunConfig, world_size: int) -> str | None:
+    """Weight gradients that are put off fill the time in which stages wait for each other."""
+    if config.parallel.pipeline_schedule != "zero-bubble" or config.parallel.pipeline_model_parallel_size != 1:
+        return None
+    return "pipeline_schedule zero-bubble needs pipeline_model_parallel_size above 1: one stage never waits, use auto"
+
+
+def zero_bubble_needs_eager(config: RunConfig, world_size: int) -> str | None:
+    """A compiled graph has one backward: its weight gradients cannot be put off."""
+    if config.parallel.pipeline_schedule != "zero-bubble" or not config.train.compile:
+        return None
+    return "pipeline_schedule zero-bubble splits the backward, which compile makes one: turn compile off, or use 1f1b"
+
+
 def backend_fits_device(config: RunConfig, world_size: int) -> str | None:
-    """NCCL moves GPU memory only."""
-    if config.parallel.distributed_backend == "nccl" and config.parallel.device == "cpu":
-        return "distributed_backend nccl cannot move CPU tensors: use gloo (or auto) with device cpu"
+    """NCCL moves GPU memory only, shared memory CPU memory only."""
+    backend, device = config.parallel.distributed_backend, config.parallel.device
+    if backend == "nccl" and device == "cpu":
+        return "distributed_backend nccl cannot move CPU tensors: use gloo, shm (or auto) with device cpu"
+    if backend == "shm" and device == "cuda":
+        return "distributed_backend shm cannot move GPU tensors: use nccl (or auto) with device cuda"
     return None
 
 
@@ -195,5 +229,7 @@ LAYOUT_RULES = (
     virtual_stages_need_pipeline,
     clex_needs_one_chunk,
     schedule_fits_chunks,
+    zero_bubble_needs_pipeline,
+    zero_bubble_needs_eager,
     backend_fits_device,
 )

@@ -130,8 +130,18 @@ class ParallelConfig:
         bounds=COUNT,
         aliases=("vpp", "num-virtual-stages-per-pipeline-rank"),
     )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first pipeline stage, which also embeds; default as many as the other stages", bounds=COUNT
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None,
+        "layers of the last pipeline stage, whose output layer and loss weigh as much as several layers; default as many as the others",
+        bounds=COUNT,
+    )
     pipeline_schedule: str = option(
-        "auto", "auto is 1f1b, or interleaved when there are virtual stages", choices=("auto", "gpipe", "1f1b", "interleaved")
+        "auto",
+        "auto is 1f1b, or interleaved when there are virtual stages; zero-bubble is ZB-H1, which fills waits with weight gradients",
+        choices=("auto", "gpipe", "1f1b", "interleaved", "zero-bubble"),
     )
     sequence_parallel: bool = option(
         False, "split activations along the sequence outside the matrix products; has no effect at TP 1", aliases=("sp",)
@@ -141,7 +151,9 @@ class ParallelConfig:
     )
     overlap_grad_reduce: bool = option(True, "reduce gradient buckets over the data-parallel ranks while the backward pass still runs")
     ddp_bucket_size: int = option(40_000_000, "elements in one gradient bucket", bounds=COUNT)
-    distributed_backend: str = option("auto", "auto is nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo"))
+    distributed_backend: str = option(
+        "auto", "auto is nccl on GPUs; on CPUs shm when all ranks are on one host, else gloo", choices=("auto", "nccl", "gloo", "shm")
+    )
     distributed_timeout_seconds: float = option(
         600.0, "a collective that waits longer than this fails, naming the rank and what it was doing", bounds=POSITIVE
     )
@@ -199,7 +211,13 @@ class TrainConfig:
     )
     exit_duration_in_mins: float | None = option(None, "save and leave after this many minutes", bounds=POSITIVE)
     exit_interval: int | None = option(None, "save and leave after a step that is a multiple of this", bounds=COUNT)
-    compile: bool = option(False, "torch.compile each transformer block")
+    compile: bool = option(False, "torch.compile the layers of a stage as one graph: a minute at the start, faster steps after it")
+    kernels: str = option(
+        "auto",
+        "fused: the C++ (CPU) or Triton (GPU) forms of norms, loss, optimizer ..., an error where they are missing; torch: plain "
+        "torch; auto takes fused where it is there",
+        choices=("auto", "torch", "fused"),
+    )
     num_threads: int | None = option(None, "torch threads of a process; default: an equal share of its machine's cores", bounds=COUNT)
     sanity_checks: bool = option(False, "check at each step that replicated weights and gradients agree between ranks (slow)")
 
@@ -224,7 +242,7 @@ class DataConfig:
     reset_position_ids: bool = option(False, "restart positions after every document end")
     reset_attention_mask: bool = option(False, "tokens do not attend across document ends")
     eod_mask_loss: bool = option(False, "no loss on the document-end token")
-    num_workers: int = option(0, "processes that prefetch batches; 0 reads in the training process", bounds=NOT_NEGATIVE)
+    num_workers: int = option(0, "processes that prefetch batches; 0 reads ahead in a thread of the training process", bounds=NOT_NEGATIVE)
     mock_data: bool = option(False, "random tokens instead of a dataset, for smoke tests and benchmarks; needs vocab_size")
 
 

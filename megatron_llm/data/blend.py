@@ -20,6 +20,7 @@ from megatron_llm.utils.errors import UserError
 SPLITS = ("train", "valid", "test")
 # A corpus of a blend is given this many more samples than its share, for the blend's rounding may ask for a few more.
 SURPLUS = 0.005
+PIECE = 1 << 16  # entries of an index that are looked at together
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,13 @@ def corpus_sizes(weights: Sequence[float], samples: int) -> tuple[list[int], lis
 class BlendedDataset:
     """Draws from several datasets along an index: "dataset_index" [samples] and "sample_index" [samples] (see index_numpy.py).
 
-    UserError when the index asks a dataset for more samples than it has.
+    The numbers of each dataset's samples ascend. UserError when the index asks a dataset for more samples than it has.
     """
 
     def __init__(self, datasets: Sequence[Dataset], index: Mapping[str, NDArray[Any]]) -> None:
         self.datasets = list(datasets)
         self.index = index
-        wanted = np.bincount(index["dataset_index"], minlength=len(self.datasets))
-        for number, (dataset, count) in enumerate(zip(self.datasets, wanted.tolist(), strict=True)):
+        for number, (dataset, count) in enumerate(zip(self.datasets, _wanted(index, len(self.datasets)), strict=True)):
             if len(dataset) < count:
                 raise UserError(f"the blend wants {count} samples of corpus number {number}, which was built for {len(dataset)}")
 
@@ -120,3 +120,17 @@ class BlendedDataset:
     def __getitem__(self, index: int) -> Sample:
         dataset, sample = self.place(index)
         return self.datasets[dataset][sample]
+
+
+def _wanted(index: Mapping[str, NDArray[Any]], count: int) -> list[int]:
+    """How many samples the index wants of each of `count` datasets: one more than the last number it has of it.
+
+    The index is read from its end, and only as far as is needed to meet every dataset: it may be large and on a slow disk.
+    """
+    wanted = np.zeros(count, np.int64)
+    for end in range(len(index["dataset_index"]), 0, -PIECE):
+        piece = slice(max(0, end - PIECE), end)
+        np.maximum.at(wanted, index["dataset_index"][piece], index["sample_index"][piece] + 1)
+        if wanted.all():
+            break
+    return [int(number) for number in wanted]

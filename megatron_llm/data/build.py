@@ -16,7 +16,7 @@ from megatron_llm.data.batch import Dataset
 from megatron_llm.data.blend import SPLITS, Blend, BlendedDataset, corpus_sizes, normalized, parse_data_path, split_documents
 from megatron_llm.data.gpt_dataset import GPTDataset, SampleOptions
 from megatron_llm.data.index_backend import IndexBackend, load_backend
-from megatron_llm.data.index_cache import IndexCache, MappedArrays, file_digest
+from megatron_llm.data.index_cache import Arrays, IndexCache, MappedArrays, file_digest
 from megatron_llm.data.indexed import IndexedDataset, idx_path
 from megatron_llm.data.mock import MockDataset
 from megatron_llm.data.sample_index import EpochPlan, build_sample_index, plan_epochs
@@ -221,7 +221,7 @@ class _Builder:
         )
         if len(self.corpora) <= NAMED_CORPORA:
             self.say(f"{corpus.describe(split)}: {plan.tokens_per_epoch} tokens, {plan.epochs} epoch(s), {plan.samples} samples")
-        return GPTDataset(corpus.source, index, self.seq_length, corpus.options)
+        return GPTDataset(corpus.source, index, self.seq_length, corpus.options, self.backend)
 
     def _weighted(self, split: int, usable: list[int], weights: list[float], count: int) -> BlendedDataset:
         targets, built_for = corpus_sizes(weights, count)
@@ -252,8 +252,8 @@ class _Builder:
             self.corpora[0],
             f"blend-{SPLITS[split]}",
             described,
-            lambda: dict(zip(("dataset_index", "sample_index"), build(), strict=True)),
+            lambda: zip(("dataset_index", "sample_index"), build(), strict=True),
         )
 
-    def _cached(self, corpus: _Corpus, label: str, described: dict[str, Any], build: Callable[[], dict[str, Any]]) -> MappedArrays:
+    def _cached(self, corpus: _Corpus, label: str, described: dict[str, Any], build: Callable[[], Arrays]) -> MappedArrays:
         return IndexCache(corpus.cache_folder, self.cache_timeout, self.say).get(label, described, build)

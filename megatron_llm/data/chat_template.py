@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_llm.data.tokenizers import Tokenizer
 from megatron_llm.utils.errors import UserError
-from megatron_llm.utils.optional import require
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -38,10 +37,21 @@ def special_token_ids(folder: Path) -> dict[str, int | None]:
     tokens = {role: settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     if not (folder / "tokenizer.json").is_file() or not any(tokens.values()):
         return dict.fromkeys(tokens)
-    tokenizers = require("tokenizers", purpose="reading tokenizer.json")
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
-    return {role: tokenizer.token_to_id(text) if text is not None else None for role, text in texts.items()}
+    ids = _ids_by_token(folder / "tokenizer.json")
+    return {role: ids.get(text) if text is not None else None for role, text in texts.items()}
+
+
+def _ids_by_token(path: Path) -> dict[str, int]:
+    """The vocabulary of a tokenizer.json, read as it stands: the library takes many times as long to build a tokenizer of it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    vocab = content.get("model", {}).get("vocab", {})
+    # Unigram models list their pieces with scores; the place is the id.
+    ids = {piece: index for index, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
 def chat_template_hash(folder: Path) -> str | None:

@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 from megatron_llm.data.indexed import token_dtype
 from megatron_llm.data.records import parse_block
 from megatron_llm.data.sentences import SentenceSplitter
-from megatron_llm.data.sources import Block, Position
-from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
-
-# Texts handed to the tokenizer library at once: its results take some hundred bytes a token until they are arrays.
-_BATCH_CHARACTERS = 64 * 1024
+from megatron_llm.data.sources import Block
+from megatron_llm.data.tokenizer_backends import BackendRecipe, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -28,42 +25,56 @@ class EncodedTexts:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """A block's documents by key, and what was passed over: the number of empty texts, and the bad lines with their reasons."""
+    """A block's documents by key, and what was passed over: the number of empty texts, and the bad lines with their reasons.
+
+    `end` and `consumed` are the block's. `lines` is the number of its lines; those of bad ones count from 1 at its beginning.
+    """
 
     file: int
     path: str
     unit: str
-    end: Position
+    end: int
     consumed: int
+    lines: int
     texts: dict[str, EncodedTexts]
     empty: int
     bad: list[tuple[int, str]]
+
+    def same_ids(self, other: "EncodedBlock") -> bool:
+        """Whether another encoding of the block has the same documents of the same ids."""
+        pairs = ((texts, other.texts[key]) for key, texts in self.texts.items())
+        return all(
+            np.array_equal(one.ids, two.ids) and np.array_equal(one.lengths, two.lengths) and np.array_equal(one.sequences, two.sequences)
+            for one, two in pairs
+        )
 
 
 @dataclass(frozen=True)
 class EncoderRecipe:
     """How a worker makes its encoder (picklable, unlike the tokenizer itself). Calling it gives the encoder.
 
-    `tokenizer` are the arguments of `build_tokenizer`; with a `splitter` each sentence is a sequence.
+    `vocab_size` bounds the ids, `eod_id` ends each document unless it is None; with a `splitter` each sentence is a sequence.
     """
 
-    tokenizer: tuple[str, str | None, str | None, str | None]
+    backend: BackendRecipe
     keys: tuple[str, ...]
-    append_eod: bool
+    vocab_size: int
+    eod_id: int | None
     splitter: SentenceSplitter | None
 
     def __call__(self) -> "BlockEncoder":
-        return BlockEncoder(self, build_tokenizer(*self.tokenizer))
+        return BlockEncoder(self, self.backend())
 
 
 class BlockEncoder:
     """Encodes blocks. A text of white space alone, or whose ids are none, is empty and left out."""
 
-    def __init__(self, recipe: EncoderRecipe, tokenizer: Tokenizer) -> None:
+    def __init__(self, recipe: EncoderRecipe, encoder: TextEncoder) -> None:
+        self.keys = recipe.keys
         self._recipe = recipe
-        self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._end = [np.array([tokenizer.eod_id], np.int32)] if recipe.append_eod else []
+        self._encoder = encoder
+        self._dtype = token_dtype(recipe.vocab_size)
+        self._end = [np.array([recipe.eod_id], np.int32)] if recipe.eod_id is not None else []
 
     def __call__(self, block: Block) -> EncodedBlock:
         records = parse_block(block, self._recipe.keys)
@@ -72,48 +83,34 @@ class BlockEncoder:
         for key, texts in records.texts.items():
             encoded[key] = self._encode(texts)
             empty += len(texts) - len(encoded[key].sequences)
-        return EncodedBlock(block.file, block.path, block.unit, block.end, block.consumed, encoded, empty, records.bad)
+        return EncodedBlock(block.file, block.path, block.unit, block.end, block.consumed, records.lines, encoded, empty, records.bad)
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        pieces, lengths, sequences = [], [], []
+        pieces: list[NDArray[Any]] = []
+        lengths: list[int] = []
+        sequences: list[int] = []
         for document in self._documents(texts):
             if not document:
                 continue
-            parts = [*document, *self._end]
-            pieces += parts
-            sizes = [len(ids) for ids in document]
-            sizes[-1] += len(self._end)
-            lengths += sizes
-            sequences.append(len(sizes))
-        ids = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-        return EncodedTexts(self._narrow(ids), np.array(lengths, np.int32), np.array(sequences, np.int32))
+            pieces += document
+            pieces += self._end
+            lengths += [ids.size for ids in document]
+            lengths[-1] += len(self._end)
+            sequences.append(len(document))
+        return EncodedTexts(self._join(pieces), np.array(lengths, np.int32), np.array(sequences, np.int32))
 
-    def _narrow(self, ids: NDArray[Any]) -> NDArray[Any]:
+    def _join(self, pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        ids: NDArray[Any] = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
         # An id outside the vocabulary must not wrap around before the writer checks it.
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._tokenizer.vocab_size):
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._recipe.vocab_size):
             return ids
         return ids.astype(self._dtype, copy=False)
 
-    def _documents(self, texts: Sequence[str]) -> list[list[NDArray[np.int32]]]:
-        """For each text the ids of its sequences that have any."""
+    def _documents(self, texts: Sequence[str]) -> list[list[NDArray[Any]]]:
+        """The ids of the sequences of each text, those that have any; texts that have none may be left out."""
         splitter = self._recipe.splitter
         if splitter is None:
-            pieces = [[text] if text.strip() else [] for text in texts]
-        else:
-            pieces = [splitter.split(text) for text in texts]
-        encoded = self._batches([piece for group in pieces for piece in group])
-        documents, at = [], 0
-        for group in pieces:
-            documents.append([ids for ids in encoded[at : at + len(group)] if len(ids)])
-            at += len(group)
-        return documents
-
-    def _batches(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        encoded: list[NDArray[np.int32]] = []
-        start = size = 0
-        for end, text in enumerate(texts, start=1):
-            size += len(text)
-            if size >= _BATCH_CHARACTERS or end == len(texts):
-                encoded += self._tokenizer.encode_batch(texts[start:end])
-                start, size = end, 0
-        return encoded
+            return [[ids] for ids in self._encoder([text for text in texts if text and not text.isspace()]) if ids.size]
+        pieces = [splitter.split(text) for text in texts]
+        encoded = iter(self._encoder([piece for group in pieces for piece in group]))
+        return [[ids for ids in (next(encoded) for _ in group) if ids.size] for group in pieces]

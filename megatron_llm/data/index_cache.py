@@ -19,7 +19,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ DIGEST_BLOCK_BYTES = 1 << 16
 _HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # any other errno of flock: this file system has no locks
 _THERE = (errno.EEXIST, errno.ENOTEMPTY)
 
-Arrays = dict[str, NDArray[Any]]
+WRITERS = 2  # threads
+
+# What a builder gives: arrays and their names, each as soon as it is built, so that it is written while the next is built.
+Arrays = Iterable[tuple[str, NDArray[Any]]]
 
 
 class MappedArrays(Mapping[str, NDArray[Any]]):
@@ -119,14 +123,11 @@ class IndexCache:
     def _build(self, entry: Path, label: str, description: Mapping[str, Any], build: Callable[[], Arrays]) -> None:
         self.say(f"building the index of {label} in {entry}")
         _remove_leftovers(entry)
-        arrays = build()
         host, pid = socket.gethostname(), os.getpid()
         temporary = Path(f"{entry}.{host}.{pid}.{secrets.token_hex(4)}.tmp")
         try:
             temporary.mkdir()
-            for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-            shapes = {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
+            shapes = _write(temporary, build())
             text = json.dumps({"arrays": shapes, "built_from": dict(description)}, indent=2)
             (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
             fsync_tree(temporary)
@@ -138,6 +139,26 @@ class IndexCache:
                 raise write_error(temporary, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, arrays: Arrays) -> dict[str, list[Any]]:
+    """Write the arrays to `<name>.npy` each, in the background; gives their dtypes and shapes."""
+    shapes: dict[str, list[Any]] = {}
+    with ThreadPoolExecutor(WRITERS) as pool:
+        writes = []
+        for name, array in arrays:
+            shapes[name] = [str(array.dtype), *array.shape]
+            writes.append(pool.submit(_write_array, folder / f"{name}.npy", array))
+        for write in writes:
+            write.result()
+    return shapes
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with open(path, "wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -1,19 +1,19 @@
-"""Builders of the sample index and of the blending index in numpy: the same functions as the C++ extension.
+"""Builders of orders and indices of samples and blends in numpy: the same functions as the C++ extension.
 
 They are what runs where the extension could not be built, and what the extension is tested against: results are equal
 bit for bit. The sample index is vectorised in pieces of bounded memory. A blend is a recurrence (each choice depends on
-all before it), so a piece of it is guessed from the choices a near-period earlier, checked with array operations, and
-walked one sample at a time only where the guess is wrong.
+all before it), but only through the counts of samples taken, which are nearly known in advance: many stretches of it are
+walked side by side, from counts that are checked afterwards.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DOCUMENT_PIECE = 1 << 22
-BLEND_PIECE = 1 << 15
-BAD_GUESS = 0.05  # with more of a guess wrong than this, walking over the whole piece is faster than correcting it
+EARLY = 512  # a stretch of a blend begins so many samples before its place; see _foreseen
 
 
 def sample_index(
@@ -46,91 +46,135 @@ def sample_index(
     return out
 
 
-def blend_index(weights: NDArray[np.float64], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+def pieces(index: Mapping[str, NDArray[Any]], lengths: NDArray[np.int32], number: int, extra: int) -> list[tuple[int, int, int]]:
+    """Where sample `number` of an index lies in its corpus: (document, offset, tokens), the extra token included."""
+    piece = int(index["shuffle_index"][number])
+    (first, offset), (last, end) = index["sample_index"][piece : piece + 2].tolist()
+    found = []
+    for document in index["document_index"][first : last + 1].tolist():
+        found.append((document, offset, int(lengths[document]) - offset))
+        offset = 0
+    document, offset, _ = found[-1]
+    found[-1] = (document, offset, end + extra - offset)
+    return found
+
+
+def blend_index(weights: NDArray[np.float64], size: int, early: int = EARLY) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     """Which dataset gives each of `size` samples of a blend, and which of that dataset's samples it is.
 
     Sample n comes from the dataset that is furthest behind its share: the largest weight * max(n, 1) - taken, the first
-    of equals.
+    of equals. `early` changes the time it takes, not the result.
     """
-    datasets = np.empty(size, np.int16)
+    datasets, samples = np.empty(size, np.int16), np.empty(size, np.int64)
     taken = np.zeros(len(weights))  # whole numbers below 2^53, so exact
-    back = _near_period(weights) if size > BLEND_PIECE else 0
-    for first in range(0, size, BLEND_PIECE):
-        last = min(first + BLEND_PIECE, size)
-        if 0 < back <= first:
-            guess = np.resize(datasets[first - back : first], last - first)
-            datasets[first:last] = _correct(weights, first, taken, guess)
-        else:
-            datasets[first:last] = _walk(weights, first, last, taken)
-    return datasets, _count_up(datasets, len(weights))
+    early = max(early, 4 * len(weights)) if early == EARLY else early
+    length = 8 * early  # of a stretch
+    # Only shares that sum to 1 can be foreseen. Sample 0 has the position of sample 1, so it stands outside the stretches.
+    stretches = (size - 1) // length if (weights >= 0).all() and abs(weights.sum() - 1) < 1e-9 else 0
+    if stretches < 4:
+        _walk(weights, range(size), taken, datasets, samples)
+        return datasets, samples
+    _walk(weights, range(1), taken, datasets, samples)
+    starts = 1 + np.arange(stretches) * length
+    counts = np.stack([taken, *(_foreseen(weights, start - early) for start in starts[1:].tolist())])
+    shape, end = (stretches, length), 1 + stretches * length
+    _walk_together(weights, starts[1:] - early, counts[1:], np.empty((early, stretches - 1), np.int16), np.empty((early, stretches - 1)))
+    begins = counts.copy()
+    _walk_together(weights, starts, counts, datasets[1:end].reshape(shape).T, samples[1:end].reshape(shape).T)
+    taken = counts[0]
+    for stretch, start in list(enumerate(starts.tolist()))[1:]:
+        walked = (begins[stretch], counts[stretch])
+        taken = _mended(weights, range(start, start + length), taken, walked, datasets, samples)
+    _walk(weights, range(end, size), taken, datasets, samples)
+    return datasets, samples
 
 
-def exhaustive_blend_index(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+def exhaustive_blend_index(sizes: NDArray[np.int64], early: int = EARLY) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     """The blend that takes every sample of every dataset once, in proportion to their sizes; a dataset used up drops out."""
     total = int(sizes.sum())
-    weights = sizes / np.float64(max(total, 1))
-    taken = np.where(sizes > 0, 0.0, np.inf)
-    datasets = _walk(weights, 0, total, taken, sizes.tolist())
-    return datasets, _count_up(datasets, len(sizes))
+    numbers = np.flatnonzero(sizes)  # of the datasets that have samples left
+    left = sizes[numbers]
+    weights = left / np.float64(max(total, 1))
+    datasets, samples = blend_index(weights, total, early)
+    # Right up to the sample with which the first dataset is used up; from there on with one dataset less, and so on.
+    last = np.flatnonzero(samples == left[datasets] - 1)
+    done = int(last[0]) + 1 if len(last) else 0
+    taken = np.bincount(datasets[:done], minlength=len(left)).astype(np.float64)
+    taken[taken == left] = np.inf
+    _walk(weights, range(done, total), taken, datasets, samples, left)
+    return numbers.astype(np.int16)[datasets], samples
 
 
 def _walk(
-    weights: NDArray[np.float64], first: int, last: int, taken: NDArray[np.float64], sizes: list[int] | None = None
-) -> NDArray[np.int16]:
-    """Choices of samples [first, last), one after the other; `taken` (samples taken from each dataset) is brought up to date.
+    weights: NDArray[np.float64],
+    numbers: range,
+    taken: NDArray[np.float64],
+    datasets: NDArray[np.int16],
+    samples: NDArray[np.int64],
+    sizes: NDArray[np.int64] | None = None,
+) -> None:
+    """The plain walk over the samples `numbers`, one after the other; `taken` [datasets] is brought up to date.
 
     With `sizes`, a dataset used up counts as infinitely far ahead, so that it is not chosen again.
     """
-    choices: list[int] = []
     deficits = np.empty(len(weights))
-    for start in range(first, last, BLEND_PIECE):
-        for shares in _shares(weights, start, min(start + BLEND_PIECE, last)):
-            best = int(np.subtract(shares, taken, out=deficits).argmax())
-            taken[best] += 1.0
-            choices.append(best)
-            if sizes is not None and taken[best] == sizes[best]:
-                taken[best] = np.inf
-    return np.asarray(choices, np.int16)
+    for number in numbers:
+        np.multiply(weights, float(max(number, 1)), out=deficits)
+        best = int(np.subtract(deficits, taken, out=deficits).argmax())
+        datasets[number], samples[number] = best, taken[best]
+        taken[best] += 1.0
+        if sizes is not None and taken[best] == sizes[best]:
+            taken[best] = np.inf
 
 
-def _shares(weights: NDArray[np.float64], first: int, last: int) -> NDArray[np.float64]:
-    """What each dataset should have given by each of the samples [first, last): [last - first, datasets]."""
-    positions = np.maximum(np.arange(first, last), 1).astype(np.float64)
-    return np.asarray(weights * positions[:, None])
+def _foreseen(weights: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+    """About what is taken of each dataset before sample `number`: its share rounded down, and one more of those that lost most by it.
+
+    A walk from these counts comes, almost always after few samples, to exactly the counts of the walk from the beginning.
+    """
+    shares = weights * number
+    counts = np.asarray(np.floor(shares))
+    more = max(0, number - int(counts.sum()))
+    counts[np.argsort(counts - shares, kind="stable")[:more]] += 1.0
+    return counts
 
 
-def _correct(weights: NDArray[np.float64], first: int, taken: NDArray[np.float64], guess: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Choices of the samples from `first` on, given a guess of them; `taken` is brought up to date."""
-    choices, count = guess.copy(), len(weights)
-    picked = guess[:, None] == np.arange(count, dtype=np.int16)
-    before = taken + (np.cumsum(picked, axis=0) - picked)
-    wrong = np.flatnonzero(np.argmax(_shares(weights, first, first + len(guess)) - before, axis=1) != guess)
-    if len(wrong) > BAD_GUESS * len(guess):
-        return _walk(weights, first, first + len(guess), taken)
-    settled = 0
-    for place in wrong.tolist():
-        if place < settled:
-            continue
-        # The guess was right up to here, hence the counts before this place too. Walk until they meet the guess again.
-        counts, settled = before[place].copy(), place
-        while settled < len(guess) and (settled == place or not np.array_equal(counts, before[settled])):
-            choices[settled : settled + 1] = _walk(weights, first + settled, first + settled + 1, counts)
-            settled += 1
-    taken += np.bincount(choices, minlength=count)
-    return choices
+def _walk_together(
+    weights: NDArray[np.float64], starts: NDArray[np.int64], counts: NDArray[np.float64], chosen: NDArray[Any], before: NDArray[Any]
+) -> None:
+    """Walks from each of `starts` (none of them 0), side by side; `counts` [walks, datasets] is brought up to date.
+
+    Fills `chosen` (the dataset) and `before` (how much was taken of it before), [steps, walks] each.
+    """
+    positions = starts.astype(np.float64)[:, None]
+    deficits = np.empty_like(counts)
+    flat, rows = counts.reshape(-1), np.arange(len(starts)) * len(weights)
+    for step in range(len(chosen)):
+        np.multiply(weights, positions + step, out=deficits)
+        best = np.subtract(deficits, counts, out=deficits).argmax(axis=1)
+        chosen[step] = best
+        places = best + rows
+        before[step] = flat[places]
+        flat[places] += 1.0
 
 
-def _near_period(weights: NDArray[np.float64]) -> int:
-    """How far back to look for a guess: the shift at which every dataset's share is closest to a whole number of samples."""
-    shifts = np.arange(BLEND_PIECE // 2, BLEND_PIECE + 1)
-    shares = weights * shifts[:, None]
-    return int(shifts[np.abs(shares - np.round(shares)).max(axis=1).argmin()])
+def _mended(
+    weights: NDArray[np.float64],
+    numbers: range,
+    taken: NDArray[np.float64],
+    walked: tuple[NDArray[np.float64], NDArray[np.float64]],
+    datasets: NDArray[np.int16],
+    samples: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Counts after a stretch that was `walked` from the first to the second, when `taken` is what it should have begun with.
 
-
-def _count_up(datasets: NDArray[np.int16], count: int) -> NDArray[np.int64]:
-    """For each place, how often the same dataset occurs before it."""
-    samples = np.empty(len(datasets), np.int64)
-    for dataset in range(count):
-        places = np.flatnonzero(datasets == dataset)
-        samples[places] = np.arange(len(places))
-    return samples
+    Its samples are walked again from there, up to where the two walks meet.
+    """
+    begin, end = walked
+    taken, guessed = taken.copy(), begin.copy()
+    for number in numbers:
+        if np.array_equal(taken, guessed):
+            return end
+        guessed[datasets[number]] += 1.0
+        _walk(weights, range(number, number + 1), taken, datasets, samples)
+    return end if np.array_equal(taken, guessed) else taken

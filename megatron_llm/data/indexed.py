@@ -51,8 +51,9 @@ class IndexedDataset:
     """A memory-mapped indexed dataset. `prefix` is the path without `.bin` or `.idx` (either ending is accepted and dropped).
 
     Attributes: `sequence_lengths` int32 [S], `sequence_pointers` int64 [S] (bytes), `document_indices` int64 [D],
-    `dtype` of the ids, `sidecar` (the values of `<prefix>.meta.json`, or None). All are read-only views of the files.
-    Missing, truncated or garbled files are a UserError with the numbers. Instances can be pickled (they reopen).
+    `tokens` [T] (the ids of all sequences, end to end), `dtype` of the ids, `sidecar` (the values of `<prefix>.meta.json`,
+    or None). All arrays are read-only views of the files. Missing, truncated or garbled files are a UserError with the
+    numbers. Instances can be pickled (they reopen).
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -101,7 +102,7 @@ class IndexedDataset:
                 f"{path} has {size} bytes, but the index beside it describes {last} bytes in {len(self)} sequences:"
                 " one of the two is truncated or they are of different runs; make them again"
             )
-        self._tokens: NDArray[Any] = np.asarray(np.memmap(path, self.dtype, "r")) if size else np.empty(0, self.dtype)
+        self.tokens: NDArray[Any] = np.asarray(np.memmap(path, self.dtype, "r")) if size else np.empty(0, self.dtype)
 
     def _check_sidecar(self) -> None:
         if self.sidecar is None:
@@ -116,7 +117,7 @@ class IndexedDataset:
     @property
     def token_count(self) -> int:
         """Ids in all sequences."""
-        return int(self._tokens.size)
+        return int(self.tokens.size)
 
     @property
     def document_count(self) -> int:
@@ -133,7 +134,7 @@ class IndexedDataset:
         if offset < 0 or length < 0 or offset + length > whole:
             raise ValueError(f"ids [{offset}, {offset + length}) of sequence {index}, which has {whole}")
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
-        ids = self._tokens[start : start + length]
+        ids = self.tokens[start : start + length]
         if start < 0 or len(ids) != length:
             raise UserError(
                 f"{idx_path(self.prefix)} is garbled: sequence {index} would lie at id {start}, of {self.token_count}; make it again"

@@ -80,16 +80,18 @@ class IndexedWriter:
             raise ValueError(
                 f"{ids.size} ids, sequences of {lengths.sum()} in all; {lengths.size} sequences, documents of {sequences.sum()} in all"
             )
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        least = 0 if ids.size == 0 or ids.dtype.kind == "u" else int(ids.min())
+        if least < 0 or (ids.size and int(ids.max()) >= self.vocab_size):
+            bad = least if least < 0 else int(ids.max())
             raise UserError(f"id {bad} is outside the vocabulary of {self.vocab_size} ids that {self.prefix} is written for")
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             raise UserError(f"a sequence of {int(lengths.max())} ids is longer than the format allows (2^31 - 1): split the document")
         ends = self.marks.sequences + np.cumsum(sequences, dtype=np.int64)
         try:
-            self._tokens.write(ids.astype(self.dtype, copy=False).tobytes())
-            self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())
-            self._documents.write(ends.tobytes())
+            # Arrays are written from where they lie: large ones pass the stream's buffer by.
+            self._tokens.write(np.ascontiguousarray(ids, self.dtype).data)
+            self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
+            self._documents.write(ends.data)
         except OSError as error:
             raise write_error(self.prefix, error) from error
         self.marks = Marks(self.marks.tokens + ids.size, self.marks.sequences + lengths.size, self.marks.documents + sequences.size)

@@ -5,6 +5,8 @@ under any number of ranks and any number of worker processes.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,9 +21,10 @@ PREFETCHED_BATCHES = 2  # global batches each worker keeps ready
 class BatchLoader:
     """Iterates over global batches: each `next` gives this rank's micro-batches of the next one, as a list of `Batch`.
 
-    `dataset` must have the samples of every step that is asked for: running past its end is a UserError. With
-    `num_workers` processes batches are read ahead; order and content do not depend on it. `pin_memory` puts batches
-    in page-locked memory (of use with a GPU). Call `close` (or drop the loader) to end the workers.
+    `dataset` must have the samples of every step that is asked for: running past its end is a UserError. Batches are
+    read ahead: the next global batch by a thread or, with `num_workers` processes, several by these. Order and content
+    do not depend on it. `pin_memory` puts batches in page-locked memory (of use with a GPU). Call `close` (or drop the
+    loader) to end the thread or the workers.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class BatchLoader:
         self._sampler = _MicroBatchNumbers(len(dataset), consumed_samples, micro_batch_size, global_batch_size, dp_rank, dp_size)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[list[Batch]] | None = None
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -56,31 +59,49 @@ class BatchLoader:
                 " it was built for fewer steps; build it for all of them (--train-iters) or add data"
             )
         if self._batches is None:
-            self._batches = self._start()
+            self._batches = self._of_workers() if self._num_workers else self._of_thread()
         try:
-            batches = [next(self._batches) for _ in range(self._micro_batches)]
+            batches = next(self._batches)
         except UserError as error:
             # From a worker it arrives with the worker's stack before it; the sentence is the last line.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
         self.consumed_samples = end
         return batches
 
-    def _start(self) -> Iterator[Batch]:
-        workers = self._num_workers
+    def _of_workers(self) -> Iterator[list[Batch]]:
         loader: DataLoader[Batch] = DataLoader(
             self._dataset,  # type: ignore[arg-type]
             batch_sampler=self._sampler,
             collate_fn=collate,
-            num_workers=workers,
-            prefetch_factor=PREFETCHED_BATCHES * self._micro_batches if workers else None,
+            num_workers=self._num_workers,
+            prefetch_factor=PREFETCHED_BATCHES * self._micro_batches,
             pin_memory=self._pin_memory,
             # Otherwise a seed for the workers would be drawn from torch's global stream, and dropout would depend on it.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        batches = iter(loader)
+        while True:
+            yield [next(batches) for _ in range(self._micro_batches)]
+
+    def _of_thread(self) -> Iterator[list[Batch]]:
+        """Global batches, each read by a thread while the caller works with the one before it."""
+        device = torch.cuda.current_device() if self._pin_memory else None
+        numbers = iter(self._sampler)
+
+        def read() -> list[Batch]:
+            if device is not None:
+                torch.cuda.set_device(device)  # of this thread; otherwise pinning would open a context on the first GPU
+            batches = [_read(self._dataset, samples) for samples in islice(numbers, self._micro_batches)]
+            return [batch.pin_memory() if self._pin_memory else batch for batch in batches]
+
+        with ThreadPoolExecutor(1, "batches") as pool:
+            ahead = pool.submit(read)
+            while batches := ahead.result():
+                ahead = pool.submit(read)
+                yield batches
 
     def close(self) -> None:
-        """End the worker processes; the loader can be used again afterwards only by making another one."""
+        """End the thread or the worker processes; the loader can be used again afterwards only by making another one."""
         self._batches = None
 
 

@@ -11,6 +11,7 @@ Random streams and rules are megatron-core's (0.16): the same corpus, seed, spli
 the same order. A "document" is here what the index calls a sequence: with one sequence a document they are the same.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,37 +81,37 @@ def plan_epochs(
 
 def build_sample_index(
     lengths: NDArray[np.int32], documents: range, plan: EpochPlan, *, seed: int, backend: IndexBackend
-) -> dict[str, NDArray[Any]]:
-    """The three arrays, by name, for the documents in the range `documents` of a corpus; `lengths` [all its documents] in tokens."""
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The three arrays and their names, each as soon as it is built, for the documents in the range `documents` of a corpus.
+
+    `lengths` [all documents of the corpus] in tokens.
+    """
     random = np.random.RandomState(seed)
-    document_index = shuffled_documents(documents, plan.epochs, plan.separate_last_epoch, random)
-    sample_index = backend.sample_index(lengths, document_index, plan.seq_length, plan.samples, plan.extra)
+    document_index = shuffled_documents(documents, plan.epochs, plan.separate_last_epoch, random, backend)
+    yield "document_index", document_index
+    yield "sample_index", backend.sample_index(lengths, document_index, plan.seq_length, plan.samples, plan.extra)
     first_part = plan.samples_before_last_epoch if plan.separate_last_epoch else plan.samples
-    return {
-        "document_index": document_index,
-        "sample_index": sample_index,
-        "shuffle_index": shuffled_samples(first_part, plan.samples, random),
-    }
+    yield "shuffle_index", shuffled_samples(first_part, plan.samples, random, backend)
 
 
-def shuffled_documents(documents: range, epochs: int, separate_last_epoch: bool, random: np.random.RandomState) -> NDArray[np.int32]:
+def shuffled_documents(
+    documents: range, epochs: int, separate_last_epoch: bool, random: np.random.RandomState, backend: IndexBackend
+) -> NDArray[np.int32]:
     """Every document `epochs` times in random order, the last epoch after all others when it is separate."""
     if documents.stop > np.iinfo(np.int32).max:
         raise UserError(f"a corpus of {documents.stop} documents is too large for the index: split it into several of at most 2147483647")
-    once = np.arange(documents.start, documents.stop, dtype=np.int32)
-    if separate_last_epoch and epochs > 1:
-        before = shuffled_documents(documents, epochs - 1, False, random)
-        return np.concatenate((before, shuffled_documents(documents, 1, False, random)))
-    order = np.tile(once, epochs)
-    random.shuffle(order)
+    order = np.empty(epochs * len(documents), np.int32)
+    order.reshape(epochs, len(documents))[:] = np.arange(documents.start, documents.stop, dtype=np.int32)
+    before = (epochs - 1) * len(documents) if separate_last_epoch else 0
+    backend.shuffle(order[:before], random)
+    backend.shuffle(order[before:], random)
     return order
 
 
-def shuffled_samples(first_part: int, samples: int, random: np.random.RandomState) -> NDArray[Any]:
+def shuffled_samples(first_part: int, samples: int, random: np.random.RandomState, backend: IndexBackend) -> NDArray[Any]:
     """The numbers below `samples` in random order: those below `first_part` first, then the others."""
     dtype = np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64
     order = np.arange(samples, dtype=dtype)
-    random.shuffle(order[:first_part])
-    if first_part < samples:
-        random.shuffle(order[first_part:])
+    backend.shuffle(order[:first_part], random)
+    backend.shuffle(order[first_part:], random)
     return order

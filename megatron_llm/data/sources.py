@@ -9,10 +9,10 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_llm.utils.compressed import SourceFile, plain_suffix
+from megatron_llm.utils.compressed import SourceFile, is_compressed, plain_suffix
 from megatron_llm.utils.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".txt")
@@ -44,20 +44,32 @@ class Position:
 
 @dataclass(frozen=True)
 class Block:
-    """Some lines of one file, in order. `data` is UTF-8 text, a record a line.
+    """Some lines of one file, in order; `read` gives them as UTF-8 text, a record a line.
 
-    `first` is the number of its first line, counted from 1 (`unit`: "line", or "element" of a JSON array), `end` where it
-    ends, `consumed` the bytes of the file on disk read by then.
+    It lies between the decompressed bytes `start` and `end` (both 0 in JSON arrays, which have no such places) and counts
+    in a `unit`: "line", or "element" of a JSON array. `consumed` is the bytes of the file on disk read by its end. Blocks
+    of plain files carry no `data`: whoever works on one reads it, in parallel with others.
     """
 
     file: int
     path: str
     kind: str
     unit: str
-    first: int
-    data: bytes
-    end: Position
+    start: int
+    end: int
     consumed: int
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the block. UserError when the file has become shorter since the block was cut."""
+        if self.data is not None:
+            return self.data
+        with SourceFile(self.path) as source:
+            source.skip(self.start)
+            data = source.read(self.end - self.start)
+        if len(data) != self.end - self.start:
+            raise UserError(f"{self.path} has become shorter while it was read: give the command again once it is complete")
+        return data
 
 
 def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
@@ -96,17 +108,61 @@ def _expand(pattern: str) -> list[str]:
 
 def read_blocks(file: InputFile, index: int, start: Position) -> Iterator[Block]:
     """The blocks of a file from `start` on. Where blocks are cut depends on the file and on `start` alone."""
-    with SourceFile(file.path) as source:
-        if file.kind == ".json" and _holds_array(file.path):
+    if file.kind == ".json" and _holds_array(file.path):
+        with SourceFile(file.path) as source:
             yield from _array_blocks(source, file, index, start)
-            return
-        source.skip(start.offset)
-        offset, line = start.offset, start.line
+    elif is_compressed(file.path):
+        yield from _stream_blocks(file, index, start.offset)
+    else:
+        yield from _plain_blocks(file, index, start.offset)
+
+
+def _stream_blocks(file: InputFile, index: int, offset: int) -> Iterator[Block]:
+    """Of a compressed file, which can only be read from its beginning on: with their data."""
+    with SourceFile(file.path) as source:
+        source.skip(offset)
         while data := source.read(BLOCK_BYTES):
             if not data.endswith(b"\n"):
                 data += source.readline()
-            first, offset, line = line + 1, offset + len(data), line + data.count(b"\n")
-            yield Block(index, file.path, file.kind, "line", first, data, Position(offset, line), source.position)
+            start, offset = offset, offset + len(data)
+            yield Block(index, file.path, file.kind, "line", start, offset, source.position, data)
+
+
+def _plain_blocks(file: InputFile, index: int, offset: int) -> Iterator[Block]:
+    """Of a plain file: only their ends are looked for, which are the ends of the lines that hold each BLOCK_BYTES-th byte."""
+    with SourceFile(file.path) as source:
+        source.skip(offset)
+        while offset < source.size:
+            start, offset = offset, min(offset + BLOCK_BYTES, source.size)
+            if offset < source.size:
+                source.skip(offset - 1 - source.position)
+                offset += len(source.readline()) - 1
+            yield Block(index, file.path, file.kind, "line", start, offset, offset)
+
+
+def sample_blocks(files: Sequence[InputFile], first: int, others: int, places: int) -> Iterator[Block]:
+    """A look at the input: a block of about `first` bytes at its beginning, then one of `others` bytes at each of so many places.
+
+    The places are spread evenly over the bytes of all plain files; compressed files and JSON arrays have none but their beginning.
+    """
+    for block in read_blocks(files[0], 0, Position()):
+        data = block.read()
+        end = data.rfind(b"\n", 0, first) + 1 or len(data)
+        yield replace(block, data=data[:end])
+        break
+    plain = [file for file in files if file.kind != ".json" and not is_compressed(file.path)]
+    step = max(1, sum(file.size for file in plain) // (places + 1))
+    at = 0
+    for file in plain:
+        for place in range(step if at == 0 else -at % step, file.size, step):
+            with SourceFile(file.path) as source:
+                source.skip(place)
+                source.readline()  # the place is inside of a line
+                data = source.read(others)
+            end = data.rfind(b"\n") + 1
+            if end:
+                yield Block(0, file.path, file.kind, "line", place, place + end, place + end, data[:end])
+        at += file.size
 
 
 def _holds_array(path: str) -> bool:
@@ -117,23 +173,22 @@ def _holds_array(path: str) -> bool:
 def _array_blocks(source: SourceFile, file: InputFile, index: int, start: Position) -> Iterator[Block]:
     """Elements of a JSON array, one a line of the block; the elements before `start` are parsed again and passed over."""
     elements: list[bytes] = []
-    size, count = 0, start.line
+    size = 0
     for number, text in enumerate(_array_elements(source), start=1):
         if number <= start.line:
             continue
         # A line end inside an element can only be white space between its parts: in strings it is escaped.
         elements.append(text.replace("\n", " ").replace("\r", " ").encode("utf-8"))
-        size, count = size + len(elements[-1]), number
+        size += len(elements[-1])
         if size >= BLOCK_BYTES:
-            yield _array_block(source, file, index, elements, count)
+            yield _array_block(source, file, index, elements)
             elements, size = [], 0
     if elements:
-        yield _array_block(source, file, index, elements, count)
+        yield _array_block(source, file, index, elements)
 
 
-def _array_block(source: SourceFile, file: InputFile, index: int, elements: list[bytes], count: int) -> Block:
-    data = b"\n".join(elements)
-    return Block(index, file.path, file.kind, "element", count - len(elements) + 1, data, Position(0, count), source.position)
+def _array_block(source: SourceFile, file: InputFile, index: int, elements: list[bytes]) -> Block:
+    return Block(index, file.path, file.kind, "element", 0, 0, source.position, b"\n".join(elements))
 
 
 def _array_elements(source: SourceFile) -> Iterator[str]:

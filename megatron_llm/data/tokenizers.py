@@ -11,12 +11,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_llm.data.preprocess_settings import TOKENIZER_TYPES
 from megatron_llm.data.tokenizer_export import byte_level_bpe, convert_sentencepiece, copy_folder, write_folder
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.optional import require
@@ -33,14 +35,23 @@ class Tokenizer(ABC):
 
     `kind` is the name `build_tokenizer` knows it by, `model` where its files are (None: it has none). `vocab_size` is
     true: the largest id plus one, never padded. `eod_id` is the end-of-document id, None when the vocabulary has no such
-    token. `fingerprint` is a hash of everything that decides ids, the same on every machine.
+    token. `library` is the name of what makes the ids.
     """
 
     kind: str
+    library: str
     model: str | None
     vocab_size: int
     eod_id: int | None
-    fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides ids, the same on every machine. Found when asked for: workers do not."""
+        return self._fingerprint()
+
+    @abstractmethod
+    def _fingerprint(self) -> str:
+        """See fingerprint."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -57,6 +68,10 @@ class Tokenizer(ABC):
         Its ids equal ours, except that transformers turns the spelling of a special token inside a text into that token.
         """
 
+    def as_json(self) -> str | None:
+        """The contents of a tokenizer.json from which another library comes to the same ids; None where there is none."""
+        return None
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
@@ -67,6 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, or a folder that holds one (with `tokenizer_config.json`, which names the end token)."""
 
     kind = "HuggingFaceTokenizer"
+    library = "tokenizers"
 
     def __init__(self, model: str | Path) -> None:
         self.model = str(model)
@@ -77,12 +93,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_token = _end_token(path.parent, self._tokenizer)
         self.eod_id = self._tokenizer.token_to_id(self.end_token) if self.end_token else None
-        self.fingerprint = _fingerprint_json(json.loads(text))
+        self._text = text
         self._json = path
+
+    def _fingerprint(self) -> str:
+        return _fingerprint_json(json.loads(self._text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
         return _encode_fast(self._tokenizer, texts)
+
+    def as_json(self) -> str:
+        """See Tokenizer."""
+        return str(self._tokenizer.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -97,6 +120,7 @@ class GPT2BPETokenizer(Tokenizer):
     """GPT-2's byte-level BPE from `vocab.json` and `merges.txt`; the end token is <|endoftext|> when the vocabulary has it."""
 
     kind = "GPT2BPETokenizer"
+    library = "tokenizers"
 
     def __init__(self, vocab_file: str | Path, merge_file: str | Path) -> None:
         # Where both files lie together, their folder is enough to find them again.
@@ -112,13 +136,20 @@ class GPT2BPETokenizer(Tokenizer):
             self._tokenizer = byte_level_bpe(vocab, [(left, right) for left, right in merges], END_OF_TEXT)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{vocab_file} and {merge_file} do not go together: {error}") from error
+        self._vocab, self._merges = vocab, merges
         self.vocab_size = max(vocab.values()) + 1
         self.eod_id = vocab.get(END_OF_TEXT)
-        self.fingerprint = _hash({"kind": self.kind, "vocab": vocab, "merges": merges})
+
+    def _fingerprint(self) -> str:
+        return _hash({"kind": self.kind, "vocab": self._vocab, "merges": self._merges})
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
         return _encode_fast(self._tokenizer, texts)
+
+    def as_json(self) -> str:
+        """See Tokenizer."""
+        return str(self._tokenizer.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -133,6 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model`, read with the sentencepiece library; the end token is the model's own end-of-sentence piece."""
 
     kind = "SentencePieceTokenizer"
+    library = "sentencepiece"
 
     def __init__(self, model: str | Path) -> None:
         path = Path(model)
@@ -148,7 +180,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = int(self._processor.get_piece_size())
         end = int(self._processor.eos_id())
         self.eod_id = end if end >= 0 else None
-        self.fingerprint = "sha256:" + hashlib.sha256(self._bytes).hexdigest()
+
+    def _fingerprint(self) -> str:
+        return "sha256:" + hashlib.sha256(self._bytes).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
@@ -156,6 +190,15 @@ class SentencePieceTokenizer(Tokenizer):
             text.encode("utf-8")  # the library would drop lone surrogates without a word
         encoded = self._processor.encode(list(texts), num_threads=1)
         return [np.array(ids, dtype=np.int32) for ids in encoded]
+
+    def as_json(self) -> str | None:
+        """See Tokenizer. Only of BPE models: the others have no exact form."""
+        tokenizer, _ = convert_sentencepiece(self._bytes, str(self.model))
+        content = json.loads(tokenizer.to_str())
+        if content["model"]["type"] != "BPE":
+            return None
+        # sentencepiece does not look for the spelling of special tokens in a text.
+        return json.dumps(content | {"added_tokens": []}, ensure_ascii=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -171,12 +214,15 @@ class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, and id 256 at the end of a document. It needs no files: for tests and first tries."""
 
     kind = "ByteTokenizer"
+    library = "Python itself"
 
     def __init__(self) -> None:
         self.model = None
         self.vocab_size = 257
         self.eod_id = 256
-        self.fingerprint = _hash({"kind": self.kind, "vocab_size": 257})
+
+    def _fingerprint(self) -> str:
+        return _hash({"kind": self.kind, "vocab_size": 257})
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
@@ -198,9 +244,6 @@ class ByteTokenizer(Tokenizer):
         if set(vocab) - {END_OF_TEXT} != set(ByteLevel.alphabet()):
             raise ValueError("the tokenizers library spells bytes in another way than expected")
         write_folder(Path(folder), byte_level_bpe(vocab, [], END_OF_TEXT, split_words=False), eos_token=END_OF_TEXT)
-
-
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "ByteTokenizer")
 
 
 def build_tokenizer(

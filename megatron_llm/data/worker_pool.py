@@ -1,7 +1,8 @@
 """A function applied to a stream of items by worker processes: results in order, memory bounded, no hang when one dies.
 
 Each worker has a pipe of its own and at most one item at a time, so neither side can wait for the other to empty a full
-pipe, a dead worker is seen at once, and workers leave when the main process is gone, however it went.
+pipe, a dead worker is seen at once, and workers leave when the main process is gone, however it went. Arrays come back
+through memory that a worker shares with the main process (see shared_slots.py).
 """
 
 import multiprocessing
@@ -10,16 +11,31 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from megatron_llm.data.shared_slots import Packed, SharedSlots
 from megatron_llm.utils.errors import UserError
+
+# A worker may be this many results ahead of their use, each of up to so many bytes; further or larger ones take the pipe.
+SLOTS, SLOT_BYTES = 4, 1 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def start_server(module: str) -> None:
+    """Start the process that workers are forked from, which imports `module` while the caller goes on.
+
+    To be called before the first pool of a program: a server that runs already is left as it is.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    forkserver.ensure_running()
 
 
 class WorkerFailure(RuntimeError):
@@ -39,7 +55,29 @@ _CLOSED = object()
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    slots: SharedSlots
+    free: list[int] = field(default_factory=lambda: list(range(SLOTS)))
     item: int | None = None  # number of the item it has
+    slot: int | None = None  # where the result of that item may be put
+
+
+@dataclass
+class _Answer:
+    """A result that has come in, and the slot it occupies until it has been used."""
+
+    worker: _Worker
+    slot: int | None
+    message: Any
+
+    def open(self) -> Any:
+        if not isinstance(self.message, Packed):
+            return self.message
+        assert self.slot is not None
+        return self.worker.slots.unpack(self.message, self.slot)
+
+    def release(self) -> None:
+        if self.slot is not None:
+            self.worker.free.append(self.slot)
 
 
 class WorkerPool(Generic[Item, Result]):
@@ -47,6 +85,8 @@ class WorkerPool(Generic[Item, Result]):
 
     `make` and items must be picklable. With no workers (0) everything happens in this process. A UserError raised by the
     function is raised here; anything else it raises becomes a WorkerFailure; a process that dies is a UserError.
+
+    numpy arrays in a result are read-only and hold until the next result is asked for: copy what is to stay.
     """
 
     def __init__(self, make: Callable[[], Callable[[Item], Result]], workers: int) -> None:
@@ -60,9 +100,9 @@ class WorkerPool(Generic[Item, Result]):
             function = self._make()
             yield from (function(item) for item in items)
             return
-        self._start()
+        self.start()
         waiting: deque[Item] = deque()
-        finished: dict[int, Result] = {}
+        finished: dict[int, _Answer] = {}
         source = iter(items)
         read = sent = given = 0
         more = True
@@ -79,32 +119,39 @@ class WorkerPool(Generic[Item, Result]):
                     self._send(worker, sent, waiting.popleft())
                     sent += 1
             if given in finished:
-                yield finished.pop(given)
+                answer = finished.pop(given)
+                yield answer.open()
+                answer.release()
                 given += 1
             elif given < sent:
                 self._receive(finished)
             elif not more and not waiting:
                 return
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the workers, which call `make()` while the caller goes on; `map` does it where it has not been done."""
+        if self._workers:
+            return
         # Not forked from this process: libraries keep threads here, which a fork would lose while they hold locks. They
         # are forked from a small server process instead, which is as safe as starting afresh and much quicker.
         context = multiprocessing.get_context("forkserver")
         for number in range(self._count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._make), name=f"worker-{number}", daemon=True)
+            slots = SharedSlots(context, SLOTS, SLOT_BYTES)
+            process = context.Process(target=_work, args=(theirs, slots, self._make), name=f"worker-{number}", daemon=True)
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            self._workers.append(_Worker(process, ours, slots))
 
     def _send(self, worker: _Worker, number: int, item: Item) -> None:
         worker.item = number
+        worker.slot = worker.free.pop() if worker.free else None
         try:
-            worker.pipe.send(item)
+            worker.pipe.send((item, worker.slot))
         except OSError as error:
             raise self._death(worker) from error
 
-    def _receive(self, finished: dict[int, Result]) -> None:
+    def _receive(self, finished: dict[int, _Answer]) -> None:
         """Wait for at least one result."""
         busy = {worker.pipe: worker for worker in self._workers if worker.item is not None}
         for pipe in wait(list(busy)):
@@ -116,8 +163,8 @@ class WorkerPool(Generic[Item, Result]):
             if isinstance(answer, _Failure):
                 raise _exception(answer)
             assert worker.item is not None
-            finished[worker.item] = answer
-            worker.item = None
+            finished[worker.item] = _Answer(worker, worker.slot, answer)
+            worker.item = worker.slot = None
 
     def _death(self, worker: _Worker) -> Exception:
         """Why a worker cannot be reached: what it said before it left, or how it died."""
@@ -153,14 +200,15 @@ def _exception(failure: _Failure) -> Exception:
     return UserError(failure.message) if failure.user_error else WorkerFailure(failure.message)
 
 
-def _work(pipe: Connection, make: Callable[[], Callable[[Any], Any]]) -> None:
+def _work(pipe: Connection, slots: SharedSlots, make: Callable[[], Callable[[Any], Any]]) -> None:
     """The life of a worker: until the pipe is closed at the other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     try:
         function = make()
-        while (item := _next(pipe)) is not _CLOSED:
-            pipe.send(function(item))
+        while (task := _next(pipe)) is not _CLOSED:
+            item, slot = task
+            pipe.send(slots.pack(function(item), slot))
     except (BrokenPipeError, ConnectionResetError):
         return
     except UserError as error:

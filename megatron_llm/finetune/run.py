@@ -16,7 +16,7 @@ import torch
 
 from megatron_llm.checkpoint.hf_folder import tokenizer_folder
 from megatron_llm.config.finetune_schema import FinetuneConfig
-from megatron_llm.config.flags import make_parser, read_config
+from megatron_llm.finetune.arguments import parse_finetune_config
 from megatron_llm.finetune.base import find_base, load_model, load_tokenizer
 from megatron_llm.finetune.checkpoints import newest, step_of
 from megatron_llm.finetune.data.packing import check_packing
@@ -31,17 +31,6 @@ from megatron_llm.finetune.trainer import Hooks, build_trainer
 from megatron_llm.finetune.vocabulary import adapt_vocabulary
 from megatron_llm.utils.atomic import atomic_folder, make_folder, write_json
 from megatron_llm.utils.errors import UserError
-
-EXAMPLE = "%(prog)s --model demo/hf --train-data pairs.jsonl --save runs/assistant"
-_DESCRIPTION = "Fine-tune a model with LoRA or whole. All settings may also come from --config FILE.yaml."
-
-
-def parse_finetune_config(argv: Sequence[str] | None = None) -> FinetuneConfig:
-    """The configuration that a command line asks for; UserError for what is unknown or cannot be."""
-    parser = make_parser(example=EXAMPLE, description=_DESCRIPTION, root=FinetuneConfig)
-    config, _ = read_config(parser, argv, FinetuneConfig())
-    check(config)
-    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:

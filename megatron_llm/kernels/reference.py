@@ -68,3 +68,91 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def softmax_statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
+    """What a cross-entropy needs of rows of logits [N, V]: fp32 [3, N].
+
+    The maximum of the first `valid` columns (the others are padding), the sum of exp(logit - maximum), and the logit of
+    the label; column 0 is vocabulary id `first`, and a label that is not among the columns has 0.
+    """
+    wide = logits[:, :valid].float()
+    maximum = wide.amax(-1) if valid else wide.new_full((len(wide),), -torch.inf)
+    total = (wide - maximum.unsqueeze(-1)).exp_().sum(-1)
+    columns = labels - first
+    here = (columns >= 0) & (columns < valid)
+    if not valid:
+        return torch.stack((maximum, total, total))
+    target = wide.gather(-1, columns.masked_fill(~here, 0).unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
+    return torch.stack((maximum, total, target))
+
+
+def softmax_gradient_(logits: Tensor, labels: Tensor, log_sum_exp: Tensor, scale: Tensor, first: int, valid: int) -> None:
+    """Turn logits [N, V] into the gradient of sum over rows of scale x cross-entropy, in place.
+
+    (exp(logit - log_sum_exp) - 1 at the label) x scale; 0 in the columns from `valid` on. `log_sum_exp`, `scale` fp32 [N].
+    """
+    wide = (logits.float() - log_sum_exp.unsqueeze(-1)).exp_()
+    columns = labels - first
+    here = (columns >= 0) & (columns < valid)
+    rows = here.nonzero().squeeze(-1)
+    wide[rows, columns[rows]] -= 1.0
+    wide.mul_(scale.unsqueeze(-1))
+    wide[:, valid:] = 0.0
+    logits.copy_(wide)
+
+
+@torch.no_grad()
+def adamw_(
+    main: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    rounded: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """One update of AdamW (Loshchilov and Hutter 2019) on flat tensors [n]: main and moments fp32, in place.
+
+    The gradient counts times `grad_scale`, `step` is the number of this update from 1, and `rounded`, when given, gets
+    the new main in its own type.
+    """
+    scaled = grad.float() * grad_scale
+    steps = torch.tensor(float(step), device=main.device)
+    torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
+        [main], [scaled], [exp_avg], [exp_avg_sq], [], [steps],
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if rounded is not None:
+        rounded.copy_(main)
+
+
+_ROW = 256  # elements whose squares are added in fp32, before fp64: keeps the error near 1e-7 at full speed
+
+
+def sum_of_squares(flat: Tensor) -> Tensor:
+    """Sum of the squares of a flat tensor, an fp64 scalar."""
+    whole = flat.numel() // _ROW * _ROW
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    return norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).double().square()
+
+
+# Adding 16 bits to fp32 is converted through a temporary by torch: pieces that stay in the cache are 4 times as fast.
+_PIECE = 1 << 17
+
+
+@torch.no_grad()
+def accumulate_(total: Tensor, addend: Tensor, overwrite: bool) -> None:
+    """total += addend, or total = addend with `overwrite`: an fp32 total and an addend of any layout and type."""
+    if overwrite:
+        total.copy_(addend)
+    elif total.device.type != "cpu" or total.numel() <= _PIECE:
+        total.add_(addend)
+    else:
+        for piece, part in zip(total.view(-1).split(_PIECE), addend.reshape(-1).split(_PIECE), strict=True):
+            piece.add_(part)

@@ -21,7 +21,7 @@ from megatron_llm.models.blocks.mask import alibi_slopes, attention_mask
 from megatron_llm.models.blocks.norm import Norm
 from megatron_llm.models.blocks.rotary import RotaryTables, build_rotary
 from megatron_llm.models.family import Architecture, Family
-from megatron_llm.models.inputs import MicroBatch
+from megatron_llm.models.inputs import MicroBatch, TokenBatch
 from megatron_llm.parallel.collectives import sequence_slice
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.parallel.layers import (
@@ -31,6 +31,7 @@ from megatron_llm.parallel.layers import (
     replicated_parameter,
     vocabulary_parameter,
 )
+from megatron_llm.parallel.linear_loss import linear_cross_entropy
 from megatron_llm.parallel.loss import vocab_parallel_cross_entropy
 from megatron_llm.parallel.placement import get_placement, set_placement
 from megatron_llm.parallel.random import Dropout, DropoutKey, derive_seed
@@ -106,13 +107,10 @@ class ModelChunk(nn.Module):
         ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed)
         build = BuildContext(ctx, kernels, recompute_attention=options.recompute == "selective")
         tied, whole = bool(config.tie_word_embeddings), first and last
-        self.config, self.family, self.tp, self.options, self.context = config, family, groups.tp, options, ctx
+        self.config, self.family, self.tp, self.options, self.context, self.kernels = config, family, groups.tp, options, ctx, kernels
         self.architecture = architecture = family.architecture(config)
         self.embedding = Embedding(build, architecture, config, tied_across_stages=tied and not whole) if first else None
         self.layers = nn.ModuleDict({str(layer): Block(build, architecture, config, layer) for layer in layers})
-        if options.compile:
-            for block in self.layers.values():
-                block.compile()
         self.final_norm: Norm | None = None
         self.head: VocabParallelHead | None = None
         if last:
@@ -123,6 +121,8 @@ class ModelChunk(nn.Module):
                 ctx, self._head_weight(ctx, tied=tied), config.vocab_size, normalized=architecture.normalized_head
             )
         self._add_positions(ctx, first=first)
+        # One graph of all layers: the compiler fuses across their borders, and the layers of a model are compiled once.
+        self._trunk = torch.compile(self._layers, dynamic=False) if options.compile else self._layers
 
     def _head_weight(self, ctx: ParallelContext, *, tied: bool) -> nn.Parameter:
         if tied and self.embedding is not None:
@@ -149,11 +149,8 @@ class ModelChunk(nn.Module):
         """Hidden states [S or S/tp, B, H] for the next chunk; from the last chunk the weighted loss sum (a scalar)."""
         batch = micro_batch.batch
         ctx = self._forward_context(batch.position_ids, batch.document_ids, micro_batch)
-        hidden = self._run_layers(self._embed(batch.tokens, batch.position_ids, hidden, ctx), ctx)
-        if self.head is None:
-            return hidden
-        losses = self._token_losses(hidden, batch.labels)
-        return (losses * batch.loss_mask.t()).sum() * micro_batch.loss_weight
+        hidden = self._trunk(self._embed(batch.tokens, batch.position_ids, hidden, ctx), ctx)
+        return hidden if self.head is None else self._loss(hidden, batch, micro_batch.loss_weight)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -163,11 +160,10 @@ class ModelChunk(nn.Module):
         length = tokens.shape[1]
         positions = torch.arange(past, past + length, device=tokens.device).expand_as(tokens)
         ctx = ForwardContext(self._rotary(positions, None), self._mask(length, tokens.device, past=past), None, cache)
-        hidden = self._run_layers(self._embed(tokens, positions, None, ctx), ctx)
+        hidden = self._layers(self._embed(tokens, positions, None, ctx), ctx)
         if cache is not None:
             cache.length = past + length
-        assert self.final_norm is not None
-        return self.head(self.final_norm(hidden))[..., : self.head.valid].transpose(0, 1).float()
+        return self.head(hidden)[..., : self.head.valid].transpose(0, 1).float()
 
     def _forward_context(self, position_ids: Tensor, document_ids: Tensor | None, micro_batch: MicroBatch) -> ForwardContext:
         mask = self._mask(position_ids.shape[1], position_ids.device, document_ids=document_ids)
@@ -197,32 +193,38 @@ class ModelChunk(nn.Module):
             raise ValueError("a chunk without the embedding needs the hidden states of the chunk before it")
         return hidden
 
-    def _run_layers(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+    def _layers(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """The blocks, and after the last of the model the final norm."""
         recompute = self.options.recompute == "full" and self.training and torch.is_grad_enabled()
         for block in self.layers.values():
             if recompute:
                 hidden = checkpoint(block, hidden, ctx, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = block(hidden, ctx)
-        return hidden
+        return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Loss of every token, [S, B] fp32."""
-        assert self.head is not None and self.final_norm is not None
-        logits = self.head(self.final_norm(hidden))
-        length, batch, columns = logits.shape
-        flat = vocab_parallel_cross_entropy(
-            logits.reshape(length * batch, columns), labels.t().reshape(-1), self.head.first, self.head.valid, self.tp
-        )
-        return flat.view(length, batch)
+    def _loss(self, hidden: Tensor, batch: TokenBatch, weight: Tensor | float) -> Tensor:
+        """Sum of the unmasked tokens' losses times `weight`, an fp32 scalar."""
+        assert self.head is not None
+        labels, token_weights = batch.labels.t().reshape(-1), batch.loss_mask.t().reshape(-1) * weight
+        if self.kernels.fuses_loss:
+            return linear_cross_entropy(hidden, self.head.projection(), labels, token_weights, self.head.shard, self.kernels)
+        logits = self.head(hidden)
+        losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), labels, self.head.first, self.head.valid, self.tp)
+        return (losses * token_weights).sum()
 
 
-def chunk_layers(num_layers: int, virtual_stages: int, stage: int) -> range:
-    """Layers of one virtual stage: equal runs in order; the number of stages must divide the number of layers."""
-    if num_layers % virtual_stages:
-        raise ValueError(f"{num_layers} layers do not divide into {virtual_stages} stages")
-    count = num_layers // virtual_stages
-    return range(stage * count, (stage + 1) * count)
+def chunk_layers(num_layers: int, virtual_stages: int, stage: int, first: int | None = None, last: int | None = None) -> range:
+    """Layers of one virtual stage: runs in order, `first` and `last` of them in the end stages and equally many in the others."""
+    ends = {0: first} if first is not None else {}
+    if last is not None:
+        ends[virtual_stages - 1] = last
+    rest, others = num_layers - sum(count for count in ends.values() if count), virtual_stages - len(ends)
+    if rest < 0 or (rest % others if others else rest):
+        raise ValueError(f"{num_layers} layers do not divide into {virtual_stages} stages with {first} in the first and {last} in the last")
+    counts = [ends.get(number) or rest // max(others, 1) for number in range(virtual_stages)]
+    start = sum(counts[:stage])
+    return range(start, start + counts[stage])
 
 
 def build_chunks(
@@ -233,12 +235,17 @@ def build_chunks(
     options: ModelOptions,
     *,
     virtual: int = 1,
+    first_layers: int | None = None,
+    last_layers: int | None = None,
 ) -> list[ModelChunk]:
-    """This rank's chunks, in order: chunk c is virtual stage c x pp + pp rank."""
+    """This rank's chunks, in order: chunk c is virtual stage c x pp + pp rank.
+
+    `first_layers`, `last_layers`: number of layers in the first and in the last stage, by default as many as in the others.
+    """
     stages = groups.pp.size * virtual
     chunks = []
     for number in range(virtual):
         stage = number * groups.pp.size + groups.pp.rank
-        layers = chunk_layers(config.num_layers, stages, stage)
+        layers = chunk_layers(config.num_layers, stages, stage, first_layers, last_layers)
         chunks.append(ModelChunk(family, config, groups, kernels, options, layers, first=stage == 0, last=stage == stages - 1))
     return chunks

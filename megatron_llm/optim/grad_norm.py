@@ -10,23 +10,23 @@ recurrent neural networks").
 import math
 
 import torch
-from torch import Tensor
 
+from megatron_llm.kernels.dispatch import Kernels, torch_kernels
 from megatron_llm.parallel.buffers import Bucket
 from megatron_llm.parallel.comm import all_gather_first_dim, all_reduce
 from megatron_llm.parallel.grad_sync import GradSync
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.parallel.placement import get_placement
 
-_ROW = 256  # elements whose squares are added in fp32, before fp64: keeps the error near 1e-7 at full speed
 _REPORT_BYTES = 256
 
 
 class GradNorm:
     """Computes the norm of a GradSync's gradients. Collective over the world."""
 
-    def __init__(self, grad_sync: GradSync, groups: ParallelGroups) -> None:
-        self._groups = groups
+    def __init__(self, grad_sync: GradSync, groups: ParallelGroups, kernels: Kernels | None = None) -> None:
+        """`kernels` by default in plain torch."""
+        self._groups, self._kernels = groups, torch_kernels() if kernels is None else kernels
         self._views = [bucket.grads[start:end] for bucket in grad_sync.buckets for start, end in counted_ranges(bucket)]
 
     def compute(self) -> float:
@@ -39,17 +39,9 @@ class GradNorm:
     def _sum_of_squares(self, *, exact: bool) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         for view in self._views:
-            total += _sum_of_squares(view, exact)
+            # Squaring in fp64 is many times slower, and needed only to tell an overflow of fp32 from a bad gradient.
+            total += torch.linalg.vector_norm(view, dtype=torch.float64).square() if exact else self._kernels.sum_of_squares(view)
         return float(all_reduce(total, self._groups.world))
-
-
-def _sum_of_squares(flat: Tensor, exact: bool) -> Tensor:
-    """Sum of squares of a flat fp32 tensor as an fp64 scalar; `exact` squares in fp64, which is many times slower."""
-    if exact:
-        return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
-    whole = flat.numel() // _ROW * _ROW
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
-    return norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
 
 
 def counted_ranges(bucket: Bucket) -> list[tuple[int, int]]:

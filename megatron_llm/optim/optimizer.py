@@ -3,7 +3,8 @@
 Sharded, each data-parallel rank updates its equal share of every bucket and the updated parameters are gathered
 (Rajbhandari et al. 2020, "ZeRO"); replicated, every rank owns and updates everything. Parameters in 16 bits have an fp32 main
 copy of the owned range; fp32 parameters are their own main copy. The update is AdamW (Loshchilov and Hutter 2019,
-"Decoupled Weight Decay Regularization") as torch implements it, fused, on one or two flat tensors a bucket.
+"Decoupled Weight Decay Regularization"), one pass over one or two flat tensors a bucket: it scales the gradients, updates
+the moments and the main copy and rounds the 16-bit parameters, so that each is read and written once.
 
 While the parameters of a bucket are gathered, the next bucket is updated.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llm.config.schema import OptimizerConfig
+from megatron_llm.kernels.dispatch import Kernels, torch_kernels
 from megatron_llm.optim.grad_norm import GradNorm, clip_factor, describe_nonfinite
 from megatron_llm.optim.loss_scaler import make_loss_scaler
 from megatron_llm.optim.param_groups import runs_of
@@ -54,40 +56,34 @@ class OptimizerSegment:
 class _Shard:
     """The owned range of one bucket with its optimizer state."""
 
-    def __init__(self, bucket: Bucket, config: OptimizerConfig) -> None:
+    def __init__(self, bucket: Bucket, config: OptimizerConfig, kernels: Kernels) -> None:
         self.bucket = bucket
         owned = bucket.owned_params
         self.main = owned if owned.dtype == torch.float32 else owned.float()
+        # Made here and not at the first step, so that a checkpoint can be loaded before it.
         self.state = {"main": self.main, "exp_avg": torch.zeros_like(self.main), "exp_avg_sq": torch.zeros_like(self.main)}
-        self._adam = self._make_adam(config)
+        self._config, self._kernels, self._runs = config, kernels, runs_of(bucket, config)
 
-    def _make_adam(self, config: OptimizerConfig) -> torch.optim.AdamW | None:
-        low = self.bucket.owned[0]
-        groups, state = [], {}
-        for run in runs_of(self.bucket, config):
-            part = slice(run.start - low, run.end - low)
-            main = self.main[part]
-            main.grad = self.bucket.grads[run.start : run.end]
-            groups.append({"params": [main], "weight_decay": run.weight_decay})
-            # Made here and not at the first step, so that a checkpoint can be loaded before it.
-            step = torch.zeros((), dtype=torch.float32, device=main.device)
-            state[main] = {"step": step, "exp_avg": self.state["exp_avg"][part], "exp_avg_sq": self.state["exp_avg_sq"][part]}
-        if not groups:  # a small bucket over many ranks: this rank's share is all padding
-            return None
-        adam = torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True)
-        adam.state.update(state)
-        return adam
-
-    def update(self, lr: float, factor: float) -> None:
-        """Scale the gradients once by `factor` (clipping and loss scale), update main, write 16-bit parameters."""
-        if self._adam is None:
-            return
-        if factor != 1.0:
-            self.bucket.owned_grads.mul_(factor)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        self.write_parameters()
+    def update(self, lr: float, factor: float, step: int) -> None:
+        """Update number `step` (from 1) with the gradients times `factor` (clipping and loss scale)."""
+        config, low = self._config, self.bucket.owned[0]
+        rounds = self.main.dtype != self.bucket.params.dtype
+        for run in self._runs:
+            own = slice(run.start - low, run.end - low)
+            self._kernels.adamw_(
+                self.main[own],
+                self.state["exp_avg"][own],
+                self.state["exp_avg_sq"][own],
+                self.bucket.grads[run.start : run.end],
+                self.bucket.params[run.start : run.end] if rounds else None,
+                lr,
+                config.adam_beta1,
+                config.adam_beta2,
+                config.adam_eps,
+                run.weight_decay,
+                step,
+                factor,
+            )
 
     def write_parameters(self) -> None:
         """Round main into the owned range of the parameters; nothing to do where they are the same memory."""
@@ -98,11 +94,6 @@ class _Shard:
         """Take main from the parameters."""
         if self.main.dtype != self.bucket.params.dtype:
             self.main.copy_(self.bucket.owned_params)
-
-    def set_step(self, step: int) -> None:
-        """Set the number of updates, which AdamW corrects its moments' bias by."""
-        for state in self._adam.state.values() if self._adam is not None else ():
-            state["step"].fill_(float(step))
 
     def segments(self) -> Iterator[OptimizerSegment]:
         """The owned parts of the bucket's parameters with their state."""
@@ -119,11 +110,13 @@ class DistributedOptimizer:
     over the world.
     """
 
-    def __init__(self, grad_sync: GradSync, config: OptimizerConfig, groups: ParallelGroups) -> None:
+    def __init__(self, grad_sync: GradSync, config: OptimizerConfig, groups: ParallelGroups, kernels: Kernels | None = None) -> None:
+        """`kernels` by default in plain torch."""
+        kernels = torch_kernels() if kernels is None else kernels
         self._sync, self._config, self._groups = grad_sync, config, groups
         self._steps = 0
-        self._norm = GradNorm(grad_sync, groups)
-        self._shards = [_Shard(bucket, config) for bucket in grad_sync.buckets]
+        self._norm = GradNorm(grad_sync, groups, kernels)
+        self._shards = [_Shard(bucket, config, kernels) for bucket in grad_sync.buckets]
         fp16 = torch.tensor(any(b.params.dtype == torch.float16 for b in grad_sync.buckets), dtype=torch.int32, device=groups.device)
         self._scaler = make_loss_scaler(config, fp16=bool(all_reduce(fp16, groups.world, op="max")))
 
@@ -153,7 +146,7 @@ class DistributedOptimizer:
         factor = clip_factor(norm, self._config.clip_grad) / scale
         pending = []
         for shard in self._shards:
-            shard.update(lr, factor)
+            shard.update(lr, factor, self._steps + 1)
             pending.append(self._sync.gather_parameters(shard.bucket))
         for gathered in pending:
             gathered.wait()
@@ -205,5 +198,3 @@ class DistributedOptimizer:
         """Continue from saved scalars."""
         self._steps = int(state["step"])
         self._scaler.load_state_dict(state["loss_scaler"])
-        for shard in self._shards:
-            shard.set_step(self._steps)

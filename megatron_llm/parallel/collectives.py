@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_llm.parallel.comm import all_gather_first_dim, all_reduce, reduce_scatter_first_dim
 from megatron_llm.parallel.groups import Group
+from megatron_llm.parallel.traceable import scatter_sum, sum_over_group
 
 
 class _ReduceFromGroup(torch.autograd.Function):
@@ -41,21 +42,20 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather_first_dim(grads[0].contiguous(), ctx.group), None
 
 
-def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:
-    if group.size == 1:
-        return x
-    result: Tensor = function.apply(x, group)
-    return result
-
-
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient passes unchanged."""
-    return _apply(_ReduceFromGroup, x, group)
+    if group.size == 1:
+        return x
+    result: Tensor = sum_over_group(x, group.name) if torch.compiler.is_compiling() else _ReduceFromGroup.apply(x, group)
+    return result
 
 
 def scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """Partial sums [S, ...] of each rank to this rank's [S/n, ...] of the total; the gradient is gathered."""
-    return _apply(_ScatterSequence, x, group)
+    if group.size == 1:
+        return x
+    result: Tensor = scatter_sum(x, group.name) if torch.compiler.is_compiling() else _ScatterSequence.apply(x, group)
+    return result
 
 
 def sequence_slice(x: Tensor, group: Group) -> Tensor:

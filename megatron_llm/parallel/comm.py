@@ -45,8 +45,8 @@ def _handle(group: Group) -> dist.ProcessGroup:
 
 
 def scatters_natively(group: Group) -> bool:
-    """Whether a reduce-scatter over this group is cheaper than an all-reduce: true on NCCL, not on gloo."""
-    return group.size > 1 and dist.get_backend(_handle(group)) == "nccl"
+    """Whether a reduce-scatter over this group is cheaper than an all-reduce: true on NCCL and shm, not on gloo."""
+    return group.size > 1 and dist.get_backend(_handle(group)) in ("nccl", "shm")
 
 
 @overload

@@ -1,6 +1,7 @@
 """Gradient accumulation and reduction over all the ranks that hold a parameter.
 
-Gradients accumulate over the micro-batches in flat fp32 buffers. Then, in this order:
+Gradients accumulate over the micro-batches in flat fp32 buffers; the first of a step overwrites what the step before left
+there, so that the buffers, the largest thing a step walks through, need not be cleared. Then, in this order:
 
 1. Data parallel: each bucket is summed over the replicas that saw other samples, while the backward of the last
    micro-batch still runs. Sharded, each rank needs the sum of its share only: a reduce-scatter on NCCL. gloo's
@@ -17,19 +18,17 @@ cannot make two ranks wait for different buckets: its bucket and the later ones 
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from megatron_llm.kernels.reference import accumulate_
 from megatron_llm.parallel.buffers import Bucket, all_segments, build_buckets, main_grad
 from megatron_llm.parallel.comm import Pending, all_gather_into, all_reduce, reduce_scatter_into, scatters_natively
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.parallel.placement import get_placement
 from megatron_llm.parallel.replica_sums import ReplicaSums, require_agreement
-
-# Adding bf16 to fp32 is converted through a temporary by torch: pieces that stay in the cache are 4 times as fast.
-_PIECE = 1 << 17
 
 
 class GradSync:
@@ -43,14 +42,25 @@ class GradSync:
     Collective: all ranks construct it, and call `finish`, at the same point.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: ParallelGroups, *, shard: bool, overlap: bool, bucket_size: int) -> None:
-        self.groups = groups
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        groups: ParallelGroups,
+        *,
+        shard: bool,
+        overlap: bool,
+        bucket_size: int,
+        accumulate: Callable[[Tensor, Tensor, bool], None] = accumulate_,
+    ) -> None:
+        """`accumulate` is the form of `kernels.reference.accumulate_` to use."""
+        self.groups, self._accumulate = groups, accumulate
         self.shard = shard and groups.dp.size > 1
         self._overlap = overlap and groups.dp.size > 1
         self.buckets = build_buckets(chunks, groups, shard=self.shard, bucket_size=bucket_size)
         self._check_layouts()
         self._replica_sums = ReplicaSums(self.buckets, groups.tp, groups.device)
         self._waiting: list[set[int]] = []
+        self._absent: list[set[int]] = []  # slots that have no gradient of this step yet: their buffers hold old values
         self._armed: set[int] = set()
         self._pending: list[Pending] = []
         self._finished = False
@@ -68,22 +78,29 @@ class GradSync:
             require_agreement(repr(tied), group, self.groups.device, "the weights they tie")
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero and be ready for the next step's micro-batches."""
+        """Forget the gradients and be ready for the next step's micro-batches."""
         if self._pending:
             raise RuntimeError("zero_grad while gradients are being reduced: call finish first")
         self._finished = False
         self._armed.clear()
         self._waiting = [set(range(len(bucket.slots))) for bucket in self.buckets]
-        for bucket in self.buckets:
-            bucket.grads.zero_()
-            for slot in bucket.slots:
-                # Autograd adds in place to an existing .grad: fp32 gradients need no step between it and the buffer.
-                in_place = slot.parameter.dtype == torch.float32
-                slot.parameter.grad = main_grad(slot.parameter) if in_place else None
+        self._absent = [set(waiting) for waiting in self._waiting]
+        for parameter in self.parameters():
+            parameter.grad = None
 
-    def start_reduction(self, chunk: int) -> None:
-        """Declare the next backward of the chunk its last: a bucket is reduced as soon as its gradients are there."""
+    def start_reduction(self, chunk: int, awaited: Collection[nn.Parameter] | None = None) -> None:
+        """Declare that the chunk's last gradients come now: a bucket is reduced as soon as its gradients are there.
+
+        `awaited` names the parameters that still get one, where the others have theirs already (split backwards).
+        """
         self._armed.add(chunk)
+        if awaited is None or not self._overlap:
+            return
+        still = {id(parameter) for parameter in awaited}
+        for bucket in self.buckets:
+            if bucket.chunk == chunk:
+                self._waiting[bucket.index] = {number for number, slot in enumerate(bucket.slots) if id(slot.parameter) in still}
+        self._launch_complete()
 
     def finish(self) -> None:
         """Reduce what is not reduced yet and wait: the owned gradients are now complete sums. Idempotent."""
@@ -102,6 +119,8 @@ class GradSync:
 
     def _launch_next(self) -> None:
         bucket, dp = self.buckets[len(self._pending)], self.groups.dp
+        for number in self._absent[bucket.index]:
+            main_grad(bucket.slots[number].parameter).zero_()
         if self.shard and scatters_natively(dp):
             self._pending.append(reduce_scatter_into(bucket.owned_grads, bucket.grads, dp, async_op=True))
         else:
@@ -110,20 +129,22 @@ class GradSync:
     def _gradient_arrived(self, bucket: Bucket, number: int) -> None:
         """Take a parameter's new gradient into the buffer, and launch the buckets that are complete now."""
         parameter = bucket.slots[number].parameter
+        if parameter.grad is None:
+            return  # torch calls the hook for an undefined gradient too: that of a split backward, which comes later
         if self._finished or bucket.index < len(self._pending):
             raise RuntimeError(
                 f"{_name(parameter)} got a gradient after its reduction began: start_reduction came too early, or zero_grad is missing"
             )
-        total, gradient = main_grad(parameter), parameter.grad
-        assert gradient is not None, "a post-accumulate hook runs when there is a gradient"
-        if gradient is not total:
-            if parameter.dtype == torch.float32:
-                raise RuntimeError(f"{_name(parameter)}.grad was replaced: clear gradients with GradSync.zero_grad only")
-            _add(total, gradient)
-            parameter.grad = None
+        absent = self._absent[bucket.index]
+        self._accumulate(main_grad(parameter), parameter.grad, number in absent)
+        absent.discard(number)
+        parameter.grad = None
         if not self._overlap or bucket.chunk not in self._armed:
             return
         self._waiting[bucket.index].discard(number)
+        self._launch_complete()
+
+    def _launch_complete(self) -> None:
         while len(self._pending) < len(self.buckets) and not self._waiting[len(self._pending)]:
             self._launch_next()
 
@@ -166,13 +187,3 @@ def _hook(owner: "weakref.ref[GradSync]", index: int, number: int) -> Callable[[
 
 def _name(parameter: nn.Parameter) -> str:
     return get_placement(parameter).logical_name
-
-
-@torch.no_grad()
-def _add(total: Tensor, gradient: Tensor) -> None:
-    """total += gradient, for an fp32 total and a 16-bit gradient of any layout."""
-    if total.device.type != "cpu" or total.numel() <= _PIECE:
-        total.add_(gradient)
-        return
-    for piece, part in zip(total.view(-1).split(_PIECE), gradient.reshape(-1).split(_PIECE), strict=True):
-        piece.add_(part)

@@ -15,11 +15,15 @@ from megatron_llm.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that communicate, this process being number `rank` of `size`; `pg` is None when alone."""
+    """Ranks that communicate, this process being number `rank` of `size`; `pg` is None when alone.
+
+    `name` is that of the process group, by which an operator in a compiled graph finds it.
+    """
 
     ranks: tuple[int, ...]
     rank: int
     pg: dist.ProcessGroup | None = None
+    name: str = ""
 
     @property
     def size(self) -> int:
@@ -86,7 +90,7 @@ def build_groups(grid: Grid, device: torch.device, timeout: timedelta | None = N
         for ranks in all_ranks:  # every rank takes part in making every group, in the same order
             pg = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
-                mine = Group(ranks, ranks.index(rank), pg)
+                mine = Group(ranks, ranks.index(rank), pg, pg.group_name if pg is not None else "")
         return mine
 
     ends: list[tuple[int, ...]] = [(stages[0], stages[-1]) for stages in grid.groups("pp")] if grid.pp > 1 else []

@@ -6,7 +6,7 @@ under sequence parallelism (Korthikanti et al. 2022) they are [S/tp, B, H] outsi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,21 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_llm.parallel.collectives import reduce_from_group, scatter_sequence
-from megatron_llm.parallel.comm import Pending, all_gather_first_dim, all_gather_into, all_reduce, reduce_scatter_into
+from megatron_llm.parallel.comm import all_gather_first_dim
+from megatron_llm.parallel.deferred import DeferredGradients, Product, linear, splits
 from megatron_llm.parallel.groups import Group
+from megatron_llm.parallel.linear_loss import VocabularyShard
 from megatron_llm.parallel.placement import Part, Placement, set_placement
 from megatron_llm.parallel.random import fill_normal_
+from megatron_llm.parallel.traceable import column_gradients, column_linear
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """What every layer of a model shares: the TP group, sequence parallelism, where and how parameters are made."""
+    """What every layer of a model chunk shares: the TP group, sequence parallelism, where and how parameters are made.
+
+    `deferred` takes the weight gradients that a split backward leaves for later.
+    """
 
     tp: Group
     sequence_parallel: bool
     device: torch.device
     dtype: torch.dtype
     seed: int
+    deferred: DeferredGradients = field(default_factory=DeferredGradients, compare=False)
 
     @property
     def shards_sequence(self) -> bool:
@@ -79,32 +86,33 @@ def replicated_parameter(
 class _ColumnLinear(torch.autograd.Function):
     """Product with the input gathered (sequence parallel) or copied; only this rank's input is kept for the backward.
 
-    The backward hides communication behind the products: the input is gathered again while the input's gradient is
-    computed, and that gradient is reduced while the weight's is computed.
+    The backward hides communication behind the products (`column_gradients`); the weight's may be left to `deferred`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients | None) -> Tensor:
+        ctx.group, ctx.sequence_parallel, ctx.deferred = group, sequence_parallel, deferred
+        ctx.parameter = None if deferred is None else weight  # recomputation brings back detached copies of what is saved
         ctx.save_for_backward(x, weight)
         return F.linear(all_gather_first_dim(x, group) if sequence_parallel else x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
-        group, wants_weight = ctx.group, ctx.needs_input_grad[1]
-        gathered = Pending(x)
-        if ctx.sequence_parallel and wants_weight:
-            gathered = all_gather_into(x.new_empty((x.shape[0] * group.size, *x.shape[1:])), x.contiguous(), group, async_op=True)
-        grad = grads[0].contiguous()
-        grad_x = grad.matmul(weight)
-        total = gathered.wait()
-        if ctx.sequence_parallel:
-            reduced = reduce_scatter_into(torch.empty_like(x, memory_format=torch.contiguous_format), grad_x, group, async_op=True)
-        else:
-            reduced = all_reduce(grad_x, group, async_op=True)
-        grad_weight = grad.flatten(0, -2).t().matmul(total.flatten(0, -2)) if wants_weight else None
-        return reduced.wait(), grad_weight, None, None
+        later = ctx.deferred is not None and ctx.deferred.collecting
+        wants_weight, grad = ctx.needs_input_grad[1] and not later, grads[0].contiguous()
+        grad_x, grad_weight = column_gradients(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight)
+        if later:
+            ctx.deferred.put(Product(ctx.parameter, x.detach(), grad, ctx.group if ctx.sequence_parallel else None))
+        return grad_x, grad_weight, None, None, None
+
+
+def _column_linear(x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients) -> Tensor:
+    if torch.compiler.is_compiling():
+        traced: Tensor = column_linear(x, weight, group.name, sequence_parallel)
+        return traced
+    result: Tensor = _ColumnLinear.apply(x, weight, group, sequence_parallel, deferred if splits(weight, deferred) else None)
+    return result
 
 
 class ColumnParallelLinear(nn.Module):
@@ -119,7 +127,7 @@ class ColumnParallelLinear(nn.Module):
         self, ctx: ParallelContext, logical_name: str, in_features: int, parts: Sequence[ColumnPart], *, bias: bool, std: float
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = ctx.tp, ctx.shards_sequence
+        self.group, self.sequence_parallel, self.deferred = ctx.tp, ctx.shards_sequence, ctx.deferred
         self.logical_name, self.in_features, self.parts = logical_name, in_features, tuple(parts)
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives something to add to its output
         self.splits = [part.size // part.shards for part in parts]
@@ -132,9 +140,9 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/tp, B, in] to [S, B, local out]."""
         if self.group.size == 1:
-            y = F.linear(x, self.weight, self.bias)
+            y = linear(x, self.weight, self.bias, self.deferred)
         else:
-            y = _ColumnLinear.apply(x, self.weight, self.group, self.sequence_parallel)
+            y = _column_linear(x, self.weight, self.group, self.sequence_parallel, self.deferred)
             y = y if self.bias is None else y + self.bias
         for adapter in self.adapters:
             y = y + adapter(x)
@@ -177,7 +185,7 @@ class RowParallelLinear(nn.Module):
         tp = ctx.tp
         if in_features % tp.size:
             raise ValueError(f"{logical_name}: {in_features} input features do not divide over {tp.size} ranks")
-        self.group, self.sequence_parallel = tp, ctx.shards_sequence
+        self.group, self.sequence_parallel, self.deferred = tp, ctx.shards_sequence, ctx.deferred
         self.logical_name, self.in_features, self.out_features = logical_name, in_features, out_features
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives a partial sum to add to its own
         columns = in_features // tp.size
@@ -188,8 +196,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, in/tp] to [S or S/tp, B, out]."""
         if self.group.size == 1 and not self.adapters:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return linear(x, self.weight, self.bias, self.deferred)
+        partial = linear(x, self.weight, None, self.deferred)
         for adapter in self.adapters:
             partial = partial + adapter(x)
         y = scatter_sequence(partial, self.group) if self.sequence_parallel else reduce_from_group(partial, self.group)
@@ -252,10 +260,19 @@ class VocabParallelHead(nn.Module):
         part = vocabulary_part(ctx, vocab_size, weight.shape[1])
         self.first, self.valid = part.global_start[0], part.shape[0]
 
+    @property
+    def shard(self) -> VocabularyShard:
+        """Which columns these are, as the loss wants to know it."""
+        return VocabularyShard(self.first, self.valid, self.group, self.sequence_parallel)
+
+    def projection(self) -> Tensor:
+        """The matrix [local columns, H] that hidden states are multiplied by."""
+        return F.normalize(self.weight, dim=-1) if self.normalized else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/tp, B, H] to [S, B, local columns]; columns from `valid` on are padding."""
-        weight = F.normalize(self.weight, dim=-1) if self.normalized else self.weight
+        weight = self.projection()
         if self.group.size == 1:
             return F.linear(x, weight)
-        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel)
+        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel, None)  # see `deferred`
         return logits

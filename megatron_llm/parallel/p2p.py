@@ -1,8 +1,9 @@
 """Point-to-point transfers of the pipeline: posted at once, waited for when the tensor is needed.
 
 Both ends post in the order of one common plan (see `schedules.py`), which is what NCCL requires: it has no tags, and one
-queue serves both directions between two ranks. gloo does match tags, so every transfer gets its own and a plan that
-disagreed with itself would stop with a timeout rather than mix up tensors.
+queue serves both directions between two ranks. CPU backends do match tags, so every transfer gets its own: a plan that
+disagreed with itself would stop with a timeout rather than mix up tensors, and receives may be posted earlier than the
+common plan has them.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llm.parallel.groups import Group
+
+
+def matches_tags(group: Group) -> bool:
+    """Whether a receive finds its tensor by the tag, whatever the order of posting: all backends but NCCL."""
+    return group.pg is not None and dist.get_backend(group.pg) != "nccl"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Pipeline schedules as data: which stage runs, sends or receives what, in which order.
 
 A schedule is made in two steps. An *order* says for each pipeline rank in which order it runs the forward and backward
-of its model chunks; GPipe, 1F1B and interleaved 1F1B differ only in that. `weave` then adds the communication: it plays
+of its model chunks; GPipe, 1F1B, interleaved 1F1B and ZB-H1 differ only in that. `weave` then adds the communication: it plays
 all ranks' orders at once, each step of equal length, and writes every transfer into the sender's and the receiver's
 list at the same moment. All lists are thus parts of one common sequence of events, so they cannot deadlock even where a
 send blocks until its receive is posted and where both directions between two ranks share one queue, as NCCL has it:
@@ -9,7 +9,9 @@ the earliest event not yet done can always be done next. `simulator.py` checks t
 
 With `chunks` model chunks a rank, virtual stage s = chunk * stages + rank, so the chunks of one rank are spread over the
 depth of the model (Narayanan et al. 2021, arXiv:2104.04473). GPipe is Huang et al. 2019, arXiv:1811.06965; 1F1B without
-flushes between micro-batches of a step is the PipeDream-Flush of arXiv:2006.09503.
+flushes between micro-batches of a step is the PipeDream-Flush of arXiv:2006.09503. The zero-bubble schedules of Qi et al.
+2023, arXiv:2401.10241, split a backward into the input's gradient, which the stage before waits for, and the weights'
+gradients, which fill the time a stage would wait. In a plan that has WEIGHT actions, BACKWARD is the first part alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +22,11 @@ from megatron_llm.utils.errors import UserError
 
 
 class ActionKind(StrEnum):
-    """What a pipeline rank does. A split backward (zero bubble) would add kinds here, and a line to the simulator's tables."""
+    """What a pipeline rank does. BACKWARD is a whole backward, or where the plan has WEIGHT the input's gradient alone."""
 
     FORWARD = "F"
     BACKWARD = "B"
+    WEIGHT = "W"
     SEND_FORWARD = "send F"
     RECV_FORWARD = "recv F"
     SEND_BACKWARD = "send B"
@@ -52,7 +55,7 @@ class Place(NamedTuple):
 
 Plan = tuple[tuple[Action, ...], ...]
 Step = tuple[ActionKind, int, int]  # kind, chunk, micro
-FORWARD, BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
+FORWARD, BACKWARD, WEIGHT = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT
 
 
 def place_before(place: Place, stages: int) -> Place | None:
@@ -97,6 +100,24 @@ def interleaved_order(rank: int, stages: int, micro_batches: int, chunks: int) -
     return [step for step in steps if step[2] < micro_batches]
 
 
+def zero_bubble_order(rank: int, stages: int, micro_batches: int, chunks: int) -> list[Step]:
+    """ZB-H1: 1F1B with split backwards, in which stage `rank` computes weight gradients `rank` micro-batches late.
+
+    Later stages can then pass on their inputs' gradients earlier, and all have weight gradients left for the time in
+    which the pipe drains. The first stage defers none and warms up longest, the last the other way round, so no stage
+    holds more than `stages` micro-batches: as many as 1F1B's first. Alone, a stage never waits and nothing is split.
+    """
+    steps = one_f_one_b_order(rank, stages, micro_batches, chunks)
+    if stages == 1:
+        return steps
+    split: list[Step] = []
+    for step in steps:
+        split.append(step)
+        if step[0] is BACKWARD and step[2] >= rank:
+            split.append((WEIGHT, 0, step[2] - rank))
+    return split + [(WEIGHT, 0, micro) for micro in range(max(0, micro_batches - rank), micro_batches)]
+
+
 def alternate(forwards: list[Step], backwards: list[Step], warmup: int) -> list[Step]:
     """`warmup` forwards, then a forward and a backward in turn, then the backwards that are left."""
     warmup = min(warmup, len(forwards))
@@ -110,11 +131,12 @@ ORDERS: dict[str, Callable[[int, int, int, int], list[Step]]] = {
     "gpipe": gpipe_order,
     "1f1b": one_f_one_b_order,
     "interleaved": interleaved_order,
+    "zero-bubble": zero_bubble_order,
 }
 
 
 def make_schedule(name: str, stages: int, micro_batches: int, chunks: int = 1) -> Plan:
-    """The action list of every pipeline rank; `name` is gpipe, 1f1b, interleaved or auto. Raises UserError on a bad request.
+    """The action list of every pipeline rank; `name` is one of `ORDERS` or auto. Raises UserError on a bad request.
 
     auto is interleaved where there are several chunks, otherwise 1f1b. Only interleaved takes more than one chunk a rank;
     with one it is 1f1b. Any number of micro-batches works, fewer than stages too. Within a chunk both forwards and
@@ -150,7 +172,9 @@ def weave(orders: Sequence[Sequence[Step]], chunks: int) -> Plan:
                 continue
             kind, chunk, micro = order[position[rank]]
             virtual = chunk * stages + rank
-            if kind is FORWARD:
+            if kind is WEIGHT:
+                ready = backwards[virtual] > micro
+            elif kind is FORWARD:
                 ready = virtual == 0 or forwards[virtual - 1] > micro
             else:
                 ready = backwards[virtual + 1] > micro if virtual < last else forwards[virtual] > micro
@@ -162,10 +186,12 @@ def weave(orders: Sequence[Sequence[Step]], chunks: int) -> Plan:
             raise ValueError(f"the compute orders wait for each other: {waiting}")
         for kind, rank, chunk, micro in fired:
             position[rank] += 1
-            (forwards if kind is FORWARD else backwards)[chunk * stages + rank] += 1
             plan[rank].append(Action(kind, chunk, micro))
+            if kind is not WEIGHT:
+                (forwards if kind is FORWARD else backwards)[chunk * stages + rank] += 1
         for kind, rank, chunk, micro in fired:
-            add_transfer(plan, kind, rank, chunk, micro, last)
+            if kind is not WEIGHT:
+                add_transfer(plan, kind, rank, chunk, micro, last)
         left -= len(fired)
     return tuple(tuple(actions) for actions in plan)
 
@@ -183,7 +209,30 @@ def add_transfer(plan: list[list[Action]], kind: ActionKind, rank: int, chunk: i
         plan[target_rank].append(Action(receive, target_chunk, micro, rank))
 
 
+def is_split(actions: Sequence[Action]) -> bool:
+    """Whether backwards are split: the weights' gradients have actions of their own."""
+    return any(action.kind is WEIGHT for action in actions)
+
+
 def forward_part(actions: Sequence[Action]) -> tuple[Action, ...]:
     """One rank's list without its backward half, for evaluation. What is left keeps its order on all ranks alike."""
-    backward = (BACKWARD, ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD)
+    backward = (BACKWARD, WEIGHT, ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD)
     return tuple(action for action in actions if action.kind not in backward)
+
+
+def post_early(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """One rank's list with every receive posted a computation earlier, so that the transfer runs beside it.
+
+    Only for transfers that are matched by tag: the lists are then no longer parts of one sequence of events.
+    """
+    receives = (ActionKind.RECV_FORWARD, ActionKind.RECV_BACKWARD)
+    early: list[Action] = []
+    last = 0  # where the latest computation stands
+    for action in actions:
+        if action.kind in receives:
+            early.insert(last, action)
+            last += 1
+        else:
+            last = len(early) if action.peer is None else last
+            early.append(action)
+    return tuple(early)

@@ -4,17 +4,19 @@ Three passes. `check_order` reads each rank's list alone: each action once, tens
 after they are made. `check_transfers` plays all lists with the strictest transfers there are: a send or receive holds its
 whole rank until the peer stands at the matching entry, so both directions between two ranks share one ordered queue. A
 plan that passes cannot hang on NCCL or gloo, whose transfers wait for less. `time_plan` plays it as the executor
-runs it (transfers overlap with work) and measures.
+runs it (transfers overlap with work) and measures, in ticks or, with measured `Costs`, in seconds.
 """
 
+import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_llm.parallel.schedules import Action, ActionKind, Place, Plan, place_after, place_before
+from megatron_llm.parallel.schedules import Action, ActionKind, Place, Plan, is_split, place_after, place_before
 
-FORWARD, BACKWARD = ActionKind.FORWARD, ActionKind.BACKWARD
+FORWARD, BACKWARD, WEIGHT = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT
 SEND_FORWARD, RECV_FORWARD = ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
 SEND_BACKWARD, RECV_BACKWARD = ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
 
@@ -22,14 +24,14 @@ SEND_BACKWARD, RECV_BACKWARD = ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWAR
 NEEDS: dict[ActionKind, tuple[ActionKind, ...]] = {
     FORWARD: (RECV_FORWARD,),
     BACKWARD: (FORWARD, RECV_BACKWARD),
+    WEIGHT: (BACKWARD,),
     SEND_FORWARD: (FORWARD,),
     SEND_BACKWARD: (BACKWARD,),
     RECV_FORWARD: (),
     RECV_BACKWARD: (),
 }
 MATCHING = {SEND_FORWARD: RECV_FORWARD, RECV_FORWARD: SEND_FORWARD, SEND_BACKWARD: RECV_BACKWARD, RECV_BACKWARD: SEND_BACKWARD}
-LIVE = {FORWARD: 1, BACKWARD: -1}  # change of live activations
-BACKWARD_HALF = (BACKWARD, SEND_BACKWARD, RECV_BACKWARD)
+BACKWARD_HALF = (BACKWARD, WEIGHT, SEND_BACKWARD, RECV_BACKWARD)
 
 
 class ScheduleError(ValueError):
@@ -38,19 +40,27 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations in ticks of one chunk's forward and backward and of one transfer; a backward is about two forwards."""
+    """Durations of a virtual stage's forward, of the two parts of its backward, and of one transfer.
+
+    The defaults are ticks: each of the three products of a linear layer takes as long as the others.
+    """
 
     forward: float = 1.0
-    backward: float = 2.0
+    backward_input: float = 1.0
+    backward_weight: float = 1.0
     transfer: float = 0.0
 
-    def of(self, kind: ActionKind) -> float:
-        """Duration of a computing action."""
-        return self.forward if kind is FORWARD else self.backward
+    def of(self, kind: ActionKind, split: bool) -> float:
+        """Duration of a computing action; a backward that is not `split` has both parts."""
+        if kind is FORWARD:
+            return self.forward
+        if kind is WEIGHT:
+            return self.backward_weight
+        return self.backward_input + (0.0 if split else self.backward_weight)
 
 
 class Span(NamedTuple):
-    """A computing action on the time axis."""
+    """An action on the time axis."""
 
     action: Action
     start: float
@@ -63,9 +73,11 @@ class Simulation:
 
     ticks             time from the first to the last action over all ranks
     busy              ticks each rank computes
-    peak_activations  most (chunk, micro-batch) activations alive at once on each rank: from their forward to their backward
+    peak_activations  most (chunk, micro-batch) activations alive at once on each rank: from their forward to the end of
+                      their backward (where it is split, the weights' gradients: of what they need, part lives so long)
     peak_buffers      most tensors received and not yet used at once on each rank
     spans             each rank's computing actions in time
+    transfers         each rank's receives in time
     """
 
     ticks: float
@@ -73,6 +85,7 @@ class Simulation:
     peak_activations: tuple[int, ...]
     peak_buffers: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
+    transfers: tuple[tuple[Span, ...], ...]
 
     @property
     def bubble(self) -> float:
@@ -80,30 +93,55 @@ class Simulation:
         return 1.0 - sum(self.busy) / (self.ticks * len(self.busy))
 
 
-def simulate(plan: Plan, micro_batches: int, chunks: int = 1, costs: Costs | None = None) -> Simulation:
-    """Check a plan and measure it; ScheduleError says which rank does what wrong. Plans without backwards are fine too."""
+def simulate(plan: Plan, micro_batches: int, chunks: int = 1, costs: Costs | Sequence[Costs] | None = None) -> Simulation:
+    """Check a plan and measure it; ScheduleError says which rank does what wrong. Plans without backwards are fine too.
+
+    `costs` are those of every virtual stage, or a list with those of each: measured ones predict a run.
+    """
     check_plan(plan, micro_batches, chunks)
-    ticks, spans = time_plan(plan, costs or Costs())
+    each = [costs or Costs()] * (len(plan) * chunks) if costs is None or isinstance(costs, Costs) else list(costs)
+    if len(each) != len(plan) * chunks:
+        raise ValueError(f"{len(each)} costs for {len(plan) * chunks} virtual stages")
+    ticks, spans, transfers = time_plan(plan, each)
     return Simulation(
         ticks=ticks,
         busy=tuple(sum(span.end - span.start for span in rank_spans) for rank_spans in spans),
         peak_activations=tuple(peak_activations(actions) for actions in plan),
         peak_buffers=tuple(peak_buffers(actions) for actions in plan),
         spans=spans,
+        transfers=transfers,
     )
+
+
+def measured_costs(spans: Sequence[Sequence[Span]], chunks: int = 1) -> list[Costs]:
+    """The median durations of each virtual stage in what the ranks of a pipeline recorded (`PipelineExecutor`'s `on_span`).
+
+    Transfers count as free: what ranks record of them is how long they waited, for the other rank's work as well. Where
+    backwards were not split they are `backward_input`, and `backward_weight` is 0.
+    """
+    costs = []
+    for chunk, rank in itertools.product(range(chunks), range(len(spans))):
+        own = [span for span in spans[rank] if span.action.chunk == chunk]
+        found = {kind: [span.end - span.start for span in own if span.action.kind is kind] for kind in (FORWARD, BACKWARD, WEIGHT)}
+        costs.append(Costs(*(statistics.median(durations) if durations else 0.0 for durations in found.values())))
+    return costs
 
 
 def check_plan(plan: Plan, micro_batches: int, chunks: int = 1) -> None:
     """ScheduleError unless every rank's list is complete and in order and the lists together cannot hang."""
     forward_only = all(action.kind not in BACKWARD_HALF for actions in plan for action in actions)
+    if not forward_only and len({is_split(actions) for actions in plan}) > 1:
+        raise ScheduleError("backwards are split on some stages only")
     for rank in range(len(plan)):
         check_order(plan, rank, micro_batches, chunks, forward_only)
     check_transfers(plan)
 
 
-def kinds_of(place: Place, stages: int, chunks: int) -> dict[ActionKind, int | None]:
+def kinds_of(place: Place, stages: int, chunks: int, split: bool) -> dict[ActionKind, int | None]:
     """The kinds of action that a virtual stage has, with the peer of each: it exchanges nothing with its own rank."""
     kinds: dict[ActionKind, int | None] = {FORWARD: None, BACKWARD: None}
+    if split:
+        kinds[WEIGHT] = None
     before, after = place_before(place, stages), place_after(place, stages, chunks)
     if before is not None and before.rank != place.rank:
         kinds |= {RECV_FORWARD: before.rank, SEND_BACKWARD: before.rank}
@@ -115,7 +153,7 @@ def kinds_of(place: Place, stages: int, chunks: int) -> dict[ActionKind, int | N
 def check_order(plan: Plan, rank: int, micro_batches: int, chunks: int, forward_only: bool = False) -> None:
     """Every action of one rank exactly once, after what it needs, with the right peer, micro-batches ascending."""
     stages = len(plan)
-    exists = [kinds_of(Place(rank, chunk), stages, chunks) for chunk in range(chunks)]
+    exists = [kinds_of(Place(rank, chunk), stages, chunks, is_split(plan[rank])) for chunk in range(chunks)]
     following = [dict.fromkeys(ActionKind, 0) for _ in range(chunks)]  # next micro-batch of each kind, for each chunk
     for action in plan[rank]:
         kind, chunk, micro, peer = action
@@ -139,6 +177,8 @@ def check_order(plan: Plan, rank: int, micro_batches: int, chunks: int, forward_
 
 def check_local_neighbour(action: Action, following: Sequence[dict[ActionKind, int]], chunks: int) -> None:
     """With one rank the neighbouring chunk is on the same rank and nothing is received; its computation must come first."""
+    if action.kind is WEIGHT:
+        return
     chunk = action.chunk - 1 if action.kind is FORWARD else action.chunk + 1
     if 0 <= chunk < chunks and following[chunk][action.kind] <= action.micro:
         raise ScheduleError(f"stage 0: {action} comes before that of chunk {chunk}, which it needs")
@@ -191,13 +231,18 @@ class Channel:
         return (rank, action, self.free_at) if action.kind in (RECV_FORWARD, RECV_BACKWARD) else (peer, other, self.free_at)
 
 
-def time_plan(plan: Plan, costs: Costs) -> tuple[float, tuple[tuple[Span, ...], ...]]:
-    """Total ticks and each rank's spans when transfers are posted without waiting and a computation waits for its input."""
+Spans = tuple[tuple[Span, ...], ...]  # of each rank
+
+
+def time_plan(plan: Plan, costs: Sequence[Costs]) -> tuple[float, Spans, Spans]:
+    """Total time, computations and receives when transfers are posted without waiting and a computation waits for its input."""
+    split = any(is_split(actions) for actions in plan)
     channels: dict[frozenset[int], Channel] = defaultdict(Channel)
     arrivals: list[dict[tuple[ActionKind, int, int], float]] = [{} for _ in plan]  # moments that received tensors are there
     posted: list[set[tuple[ActionKind, int, int]]] = [set() for _ in plan]
     clocks, position = [0.0] * len(plan), [0] * len(plan)
     spans: list[list[Span]] = [[] for _ in plan]
+    transfers: list[list[Span]] = [[] for _ in plan]
     todo = list(range(len(plan)))
     while todo:
         rank = todo.pop()
@@ -208,24 +253,27 @@ def time_plan(plan: Plan, costs: Costs) -> tuple[float, tuple[tuple[Span, ...], 
                 if needed in posted[rank] and needed not in arrivals[rank]:
                     break
                 start = max(clocks[rank], arrivals[rank].get(needed, 0.0))
-                clocks[rank] = start + costs.of(action.kind)
+                clocks[rank] = start + costs[action.chunk * len(plan) + rank].of(action.kind, split)
                 spans[rank].append(Span(action, start, clocks[rank]))
             else:
                 posted[rank].add(action[:3])
-                done = channels[frozenset((rank, action.peer))].post(rank, clocks[rank], action, action.peer, costs.transfer)
+                transfer = costs[action.chunk * len(plan) + rank].transfer
+                done = channels[frozenset((rank, action.peer))].post(rank, clocks[rank], action, action.peer, transfer)
                 if done is not None:
                     side, receive, moment = done
                     arrivals[side][receive[:3]] = moment
+                    transfers[side].append(Span(receive, moment - transfer, moment))
                     todo.append(side)
             position[rank] += 1
-    return max(clocks), tuple(tuple(rank_spans) for rank_spans in spans)
+    return max(clocks), tuple(map(tuple, spans)), tuple(map(tuple, transfers))
 
 
 def peak_activations(actions: Sequence[Action]) -> int:
-    """Most (chunk, micro-batch) pairs that have run forward and not yet backward at once."""
+    """Most (chunk, micro-batch) pairs that have run forward and not yet backward, weights' gradients included, at once."""
+    last = WEIGHT if is_split(actions) else BACKWARD
     live = most = 0
     for action in actions:
-        live += LIVE.get(action.kind, 0)
+        live += (action.kind is FORWARD) - (action.kind is last)
         most = max(most, live)
     return most
 

@@ -107,7 +107,7 @@ class Pool:
                 raise RuntimeError(f"a rank worker did not start within {START_TIMEOUT:.0f} s: {worker.read_log()}")
             worker.connection.recv_bytes()
 
-    def run(self, grid: Grid, timeout: float, module: str, module_file: str | None, name: str, call: bytes) -> list[bytes]:
+    def run(self, grid: Grid, timeout: float, module: str, module_file: str | None, name: str, call: bytes, backend: str) -> list[bytes]:
         """Run a function on every rank of `grid`; the pickled results in rank order. RankError when any rank fails."""
         self.grow(grid.world_size)
         workers = self.workers[: grid.world_size]
@@ -115,7 +115,7 @@ class Pool:
         clean = False
         try:
             for rank, worker in enumerate(workers):
-                job = Job(grid, rank, str(rendezvous), timeout, tuple(sys.path), module, module_file, name, call)
+                job = Job(grid, rank, str(rendezvous), timeout, tuple(sys.path), module, module_file, name, call, backend)
                 worker.connection.send_bytes(pickle.dumps(job))
             outcomes = [Outcome() for _ in workers]
             self._collect(workers, outcomes, time.monotonic() + timeout)

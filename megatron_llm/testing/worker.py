@@ -28,11 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_llm.parallel import shm
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import build_groups
 
 STACK_SIGNAL = signal.SIGUSR1  # asks a worker to write the Python stacks of its threads into its log
-GLOO_MARGIN = timedelta(seconds=30)  # collectives outlive the job's timeout, so that the parent gets to show the stacks
+TIMEOUT_MARGIN = timedelta(seconds=30)  # collectives outlive the job's timeout, so that the parent gets to show the stacks
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Job:
     module_file: str | None
     name: str
     call: bytes
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ def run_job(job: Job) -> Reply:
         random.seed(0)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
-        limit = timedelta(seconds=job.timeout) + GLOO_MARGIN
+        limit = timedelta(seconds=job.timeout) + TIMEOUT_MARGIN
+        if job.backend == shm.BACKEND:
+            shm.register()
         dist.init_process_group(
-            "gloo", init_method=f"file://{job.rendezvous}", rank=job.rank, world_size=job.grid.world_size, timeout=limit
+            job.backend, init_method=f"file://{job.rendezvous}", rank=job.rank, world_size=job.grid.world_size, timeout=limit
         )
         groups = build_groups(job.grid, torch.device("cpu"), limit)
         result = pickle.dumps(function(groups, *args, **kwargs))

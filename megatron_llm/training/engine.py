@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_llm.config.schema import RunConfig
 from megatron_llm.data.batch import Batch
-from megatron_llm.kernels.dispatch import torch_kernels
+from megatron_llm.kernels.dispatch import select_kernels
 from megatron_llm.lora.parallel import add_adapters
 from megatron_llm.models.causal_lm import ModelOptions, build_chunks
 from megatron_llm.models.family import Family
@@ -66,8 +66,20 @@ class NativeEngine:
             compile=config.train.compile,
         )
         parallel = config.parallel
+        self.kernels = kernels = select_kernels(
+            config.train.kernels,  # type: ignore[arg-type]
+            groups.device,
+            compiled=config.train.compile,
+        )
         self.chunks = build_chunks(
-            family, config.model, groups, torch_kernels(), options, virtual=parallel.virtual_pipeline_model_parallel_size
+            family,
+            config.model,
+            groups,
+            kernels,
+            options,
+            virtual=parallel.virtual_pipeline_model_parallel_size,
+            first_layers=parallel.decoder_first_pipeline_num_layers,
+            last_layers=parallel.decoder_last_pipeline_num_layers,
         )
         if config.lora.lora_rank is not None:
             self.family = add_adapters(self.chunks, config.lora, self.chunks[0].context)
@@ -77,9 +89,17 @@ class NativeEngine:
             shard=parallel.use_distributed_optimizer,
             overlap=parallel.overlap_grad_reduce,
             bucket_size=parallel.ddp_bucket_size,
+            accumulate=kernels.accumulate_,
         )
-        self.optimizer = DistributedOptimizer(self.grad_sync, config.optimizer, groups)
-        self.executor = PipelineExecutor(self.chunks, groups, config.parallel.pipeline_schedule, self.dtype, on_action)
+        self.optimizer = DistributedOptimizer(self.grad_sync, config.optimizer, groups, kernels)
+        self.executor = PipelineExecutor(
+            self.chunks,
+            groups,
+            config.parallel.pipeline_schedule,
+            self.dtype,
+            on_action,
+            deferred=[chunk.context.deferred for chunk in self.chunks],
+        )
 
     def train_step(self, batches: Sequence[Batch], *, step: int, first_sample: int, lr: float) -> StepOutcome:
         """One optimizer step over this replica's micro-batches of a global batch that starts at sample `first_sample`."""
@@ -98,7 +118,7 @@ class NativeEngine:
 
         Gradients are those of the mean loss of a token times the loss scale, left in the flat buffers for the optimizer.
         """
-        batches = [batch.to(self.groups.device) for batch in batches]
+        batches = [batch.to(self.groups.device, non_blocking=True) for batch in batches]
         count = self._count(batches)
         scale = self.optimizer.loss_scale
         weight = (scale / count.clamp(min=1.0)).float()
@@ -124,7 +144,7 @@ class NativeEngine:
         loss = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         tokens = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for batches in global_batches:
-            moved = [batch.to(self.groups.device) for batch in batches]
+            moved = [batch.to(self.groups.device, non_blocking=True) for batch in batches]
             tokens += self._count(moved)
             outputs = self.executor.run([MicroBatch(batch) for batch in moved], self._hidden_shape(moved[0]), forward_only=True)
             loss += self._total(outputs)

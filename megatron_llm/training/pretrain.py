@@ -17,7 +17,6 @@ from megatron_llm.checkpoint.tensor_file import dtype_name
 from megatron_llm.config.flags import make_parser, read_arguments
 from megatron_llm.config.resolve import advice, resolve
 from megatron_llm.config.schema import RunConfig
-from megatron_llm.kernels.dispatch import torch_kernels
 from megatron_llm.lora.parallel import resolve_targets
 from megatron_llm.models.registry import get_family
 from megatron_llm.parallel.comm import all_reduce, barrier
@@ -31,7 +30,7 @@ from megatron_llm.training.engine import NativeEngine, model_dtype
 from megatron_llm.training.flops import Peak, flops_per_token, local_peak
 from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
 from megatron_llm.training.preview import layout_line, lr_points
-from megatron_llm.training.session import Launch, choose_device, choose_threads, distributed, require_equal_flags, usable_cores
+from megatron_llm.training.session import Launch, choose_device, distributed, require_equal_flags, tune_process
 from megatron_llm.training.signals import ExitMonitor, SignalWatcher
 from megatron_llm.training.snapshots import Snapshots
 from megatron_llm.training.trainer import Trainer
@@ -56,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The launcher ends all ranks when the first one leaves: that must be the one that says why.
         time.sleep(30)
         raise SystemExit(1) from None
-    torch.set_num_threads(choose_threads(config.train.num_threads, launch, usable_cores()))
-    train(config, identity, launch, device)
+    train(config, identity, launch, device, tune_process(config, launch, device))
 
 
-def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.device) -> TrainSummary:
-    """Run a resolved configuration on this rank, together with all others."""
+def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.device, process: str) -> TrainSummary:
+    """Run a resolved configuration on this rank, together with all others; `process` is what `tune_process` said."""
     with SignalWatcher() as signals:
         monitor = ExitMonitor(config.train.exit_duration_in_mins, config.train.exit_interval, signals)
         phase = PhaseTracker()
@@ -103,22 +101,22 @@ def train(config: RunConfig, identity: Identity, launch: Launch, device: torch.d
                 flops_per_token=flops_per_token(config.model, config.train.seq_length, gated_mlp=gated),
                 peak_flops=_total_peak(peak, groups),
             )
-            return trainer.run(_describe(config, engine, progress.step, f"MFU against {peak.source}"))
+            return trainer.run(_describe(config, engine, progress.step, process, f"MFU against {peak.source}"))
 
 
-def _describe(config: RunConfig, engine: NativeEngine, start_step: int, peak: str) -> RunInfo:
+def _describe(config: RunConfig, engine: NativeEngine, start_step: int, process: str, peak: str) -> RunInfo:
     """What the console's header and the logs say about the run."""
     groups = engine.groups
-    backend, threads = dist.get_backend() if dist.is_initialized() else "", torch.get_num_threads()
+    backend = dist.get_backend() if dist.is_initialized() else ""
     return RunInfo(
         config=config,
         start_step=start_step,
         train_iters=config.train.train_iters,
         world_size=groups.world.size,
         parameter_count=count_parameters(engine),
-        layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {threads} thread{'s' if threads > 1 else ''} each",
+        layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {process}",
         lr_points=lr_points(config, start_step),
-        notes=(*_adapter_notes(config, engine), f"kernels: {torch_kernels().name}", peak, *advice(config, groups.world.size)),
+        notes=(*_adapter_notes(config, engine), f"kernels: {engine.kernels.describe()}", peak, *advice(config, groups.world.size)),
     )
 
 

@@ -5,6 +5,7 @@ process is alone and needs no process group at all. This is the only module that
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch.distributed as dist
 from megatron_llm.checkpoint.exchange import gather_json
 from megatron_llm.config.schema import ParallelConfig, RunConfig
 from megatron_llm.config.serialize import flatten, to_dict
+from megatron_llm.parallel import shm
 from megatron_llm.parallel.failure import PhaseTracker, rank_guard
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import ParallelGroups, build_groups, single_process_groups
+from megatron_llm.utils.allocator import keep_freed_memory
 from megatron_llm.utils.errors import UserError
 
 
@@ -69,6 +72,21 @@ def choose_threads(configured: int | None, launch: Launch, cores: int) -> int:
     return configured if configured is not None else max(1, cores // launch.local_world_size)
 
 
+def tune_process(config: RunConfig, launch: Launch, device: torch.device) -> str:
+    """Set what makes the steps of a process fast; what was set, in a line.
+
+    Its threads, and on a CPU an allocator that keeps freed memory, and arithmetic that takes numbers too small for their
+    exponent as zero, which some processors are slow at.
+    """
+    threads = choose_threads(config.train.num_threads, launch, usable_cores())
+    torch.set_num_threads(threads)
+    done = [f"{threads} thread{'s' if threads > 1 else ''} each"]
+    if device.type == "cpu":
+        done += ["freed memory is kept"] if keep_freed_memory() else []
+        done += ["denormal numbers are zero"] if torch.set_flush_denormal(True) else []
+    return ", ".join(done)
+
+
 @contextmanager
 def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device, phase: PhaseTracker) -> Iterator[ParallelGroups]:
     """The groups of this process for the block's duration.
@@ -83,19 +101,40 @@ def distributed(parallel: ParallelConfig, launch: Launch, device: torch.device, 
     if launch.world_size == 1:
         yield single_process_groups(device)
         return
-    backend = parallel.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
     seconds = parallel.distributed_timeout_seconds
     # A little longer than the guard's, which knows more about what went wrong and so should speak first.
     timeout = timedelta(seconds=seconds + 60)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     with rank_guard(grid, rank, store, phase, timeout=seconds):
         phase.enter("meeting the other ranks")
+        backend = choose_backend(parallel.distributed_backend, device, dist.PrefixStore("backend", store), rank, world_size)
         dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=world_size, timeout=timeout)
         yield build_groups(grid, device, timeout)
         phase.enter("leaving")
         dist.destroy_process_group()
+
+
+def choose_backend(configured: str, device: torch.device, store: dist.Store, rank: int, world_size: int) -> str:
+    """The backend of this run, registered where it is our own. Collective over the ranks that share `store`.
+
+    `auto` is NCCL on GPUs; on CPUs shared memory where every rank is on this host and it works, else gloo, with one line
+    on rank 0 that says why. UserError when `shm` was asked for and cannot be used.
+    """
+    if device.type == "cuda":
+        if configured == shm.BACKEND:
+            raise UserError("--distributed-backend shm moves CPU memory only: use nccl (or auto) with GPUs, or --device cpu")
+        return "nccl" if configured == "auto" else configured
+    if configured not in ("auto", shm.BACKEND):
+        return configured
+    reason = shm.why_not(store, rank, world_size)
+    if not reason:
+        shm.register()
+        return shm.BACKEND
+    if configured == shm.BACKEND:
+        raise UserError(f"--distributed-backend shm cannot be used, {reason}: use gloo (or auto)")
+    if rank == 0:
+        print(f"distributed backend: gloo and not the faster shm, {reason}", file=sys.stderr, flush=True)
+    return "gloo"
 
 
 def require_equal_flags(config: RunConfig, groups: ParallelGroups) -> None:

@@ -22,7 +22,7 @@ from megatron_llm.checkpoint.contract import (
 )
 from megatron_llm.checkpoint.entries import Entry
 from megatron_llm.checkpoint.exchange import agree, attempt
-from megatron_llm.checkpoint.find import choose_checkpoint, choose_source
+from megatron_llm.checkpoint.find import load_newest
 from megatron_llm.checkpoint.hf_documents import model_documents, token_ids
 from megatron_llm.checkpoint.hf_manifest import is_foreign, open_manifest
 from megatron_llm.checkpoint.load import load_entries
@@ -79,6 +79,7 @@ class Snapshots:
             written, error = attempt(self._describe) if engine.groups.world.rank == 0 else (None, None)
             agree(error, "describing the model for its checkpoints", engine.groups)
             self._stamp, self._documents = written or (self._stamp, self._documents)
+            self._checkpointer.reserve(self._entries() + self._buffers())
 
     @property
     def saves(self) -> bool:
@@ -121,9 +122,23 @@ class Snapshots:
         """
         if self._adapts:
             self._load_frozen()
-        path, own = self._find()
-        if path is None or (self._adapts and not own):
+        options, groups = self._config.checkpoint, self._engine.groups
+        if options.auto_resume and options.save is not None:
+            resumed = load_newest(options.save, groups, lambda path: self._restore(path, own=True), self._report)
+            if resumed is not None:
+                return resumed
+        if options.load is None or self._adapts:
             return Progress(), {}
+        begun = load_newest(options.load, groups, lambda path: self._restore(path, own=False), self._report, foreign=True)
+        if begun is None:
+            raise UserError(
+                f"no checkpoint in {options.load}: give --load a checkpoint, a folder of checkpoints or a Hugging Face folder, "
+                "or leave it out"
+            )
+        return begun
+
+    def _restore(self, path: Path, *, own: bool) -> tuple[Progress, dict[str, Any]]:
+        """Load a checkpoint or Hugging Face folder; `own`: this run saved it."""
         manifest, options = open_manifest(path), self._config.checkpoint
         trained = any(key.startswith(OPTIMIZER) for key in manifest.tensors)
         # --finetune and --no-load-optim are about --load: a run that goes on from its own checkpoint has started already.
@@ -149,14 +164,17 @@ class Snapshots:
         """The weights that the adapters stand beside, from `--load`, in whatever form they are."""
         load, groups = self._config.checkpoint.load, self._engine.groups
         assert load is not None, "a rule asks for --load when adapters are trained"
-        path = choose_source(load, groups, self._report)
-        if path is None:
+
+        def load_from(path: Path) -> Path:
+            manifest = open_manifest(path)
+            self._check(path, manifest, resumes=False)
+            frozen = [entry for entry in self._all_weights() if not entry.key.startswith(PREFIX)]
+            complete = ("",) if is_foreign(path) else ()
+            load_entries(path, across_precisions(frozen, manifest), groups, cast=True, complete=complete, finite=True, verify=True)
+            return path
+
+        if load_newest(load, groups, load_from, self._report, foreign=True) is None:
             raise UserError(f"no checkpoint in {load}: adapters need the weights that they stand beside, give their folder with --load")
-        manifest = open_manifest(path)
-        self._check(path, manifest, resumes=False)
-        frozen = [entry for entry in self._all_weights() if not entry.key.startswith(PREFIX)]
-        complete = ("",) if is_foreign(path) else ()
-        load_entries(path, across_precisions(frozen, manifest), groups, cast=True, complete=complete, finite=True)
 
     def _load(self, path: Path, manifest: Manifest, *, with_optimizer: bool) -> None:
         """Weights and main copies, each from the most precise copy there is; moments too when resuming."""
@@ -165,7 +183,7 @@ class Snapshots:
             entries = [entry for entry in entries if not entry.key.startswith(OPTIMIZER) or entry.key.startswith(MAIN)]
         complete = ("",) if (with_optimizer and not self._changes_precision(manifest)) or is_foreign(path) else ()
         adapted = across_precisions(entries, manifest)
-        load_entries(path, adapted, self._engine.groups, cast=True, complete=complete, finite=True)
+        load_entries(path, adapted, self._engine.groups, cast=True, complete=complete, finite=True, verify=True)
         if with_optimizer:
             self._engine.optimizer.load_state_dict(manifest.state["optimizer"])
         self._engine.optimizer.after_load()
@@ -188,23 +206,6 @@ class Snapshots:
                 f"takes another number of epochs): some of the first {progress.consumed_samples} may be seen again"
             )
         return found
-
-    def _find(self) -> tuple[Path | None, bool]:
-        """The folder to load, and whether it is one that this run saved."""
-        options, groups = self._config.checkpoint, self._engine.groups
-        if options.auto_resume and options.save is not None:
-            found = choose_checkpoint(options.save, groups, self._report)
-            if found is not None:
-                return found, True
-        if options.load is None:
-            return None, False
-        found = choose_source(options.load, groups, self._report)
-        if found is None:
-            raise UserError(
-                f"no checkpoint in {options.load}: give --load a checkpoint, a folder of checkpoints or a Hugging Face folder, "
-                "or leave it out"
-            )
-        return found, False
 
     def _check(self, path: Path, manifest: Manifest, *, resumes: bool) -> None:
         """Refuse weights of another family, vocabulary, tokenizer or position scaling, with both values."""

@@ -95,6 +95,7 @@ class Trainer:
         began = time.perf_counter()
         self.phase.enter("reading data", step=progress.step + 1)
         batches = next(self.train_batches)
+        data_wait = time.perf_counter() - began
         self.phase.enter("training")
         lr = learning_rate(config.optimizer, progress.step, config.train.train_iters)
         outcome = self.engine.train_step(batches, step=progress.step, first_sample=progress.consumed_samples, lr=lr)
@@ -114,6 +115,7 @@ class Trainer:
             skipped=outcome.skipped,
             tokens=tokens,
             seconds=seconds,
+            data_wait=data_wait,
             consumed_samples=progress.consumed_samples,
             tokens_per_second=rate,
             mfu=rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,

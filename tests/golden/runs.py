@@ -69,9 +69,10 @@ def text(step: int) -> torch.Tensor:
     return (start + stride * torch.arange(LENGTH + 1)) % VOCAB
 
 
-def train_rank(groups: ParallelGroups, name: str) -> list[float | None]:
+def train_rank(groups: ParallelGroups, name: str, schedule: str) -> list[float | None]:
     """Losses of a golden run on this rank."""
-    config = resolve(golden_runs()[name].config, groups.world.size)
+    config = golden_runs()[name].config
+    config = resolve(replace(config, parallel=replace(config.parallel, pipeline_schedule=schedule)), groups.world.size)
     engine = NativeEngine(config, get_family(config.model.model), groups)
     losses = []
     for step in range(STEPS):
@@ -84,9 +85,9 @@ def train_rank(groups: ParallelGroups, name: str) -> list[float | None]:
     return losses
 
 
-def train(name: str) -> list[float | None]:
-    """Losses of a golden run."""
-    losses: list[float | None] = run_ranks(train_rank, name, timeout=120, **layout_of(name))[0]
+def train(name: str, schedule: str = "auto") -> list[float | None]:
+    """Losses of a golden run, under the pipeline schedule `schedule`."""
+    losses: list[float | None] = run_ranks(train_rank, name, schedule, timeout=120, **layout_of(name))[0]
     return losses
 
 

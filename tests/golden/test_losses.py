@@ -12,5 +12,10 @@ def test_losses_are_those_on_file(name: str) -> None:
     assert train(name) == pytest.approx(expected, rel=golden_runs()[name].tolerance)
 
 
+def test_losses_do_not_depend_on_the_pipeline_schedule() -> None:
+    name = "gpt-dropout-tp2-pp2-sp"
+    assert train(name, "zero-bubble") == pytest.approx(stored()[name], rel=golden_runs()[name].tolerance)
+
+
 def test_every_loss_on_file_has_its_run() -> None:
     assert stored().keys() == golden_runs().keys()

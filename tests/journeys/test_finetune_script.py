@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llm.finetune.run import parse_finetune_config
+from megatron_llm.finetune.arguments import parse_finetune_config
 from tests.rules.sources import ROOT
 from tests.rules.test_docs import BLOCK
 from tests.small_tokenizers import byte_level

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_llm.checkpoint import checkpointer as checkpointer_module
+from megatron_llm.checkpoint import pieces
 from megatron_llm.checkpoint import save as save_module
 from megatron_llm.checkpoint.checkpointer import Checkpointer
 from megatron_llm.checkpoint.entries import Entry
-from megatron_llm.checkpoint.find import choose_checkpoint, find_latest
+from megatron_llm.checkpoint.find import choose_checkpoint, find_latest, load_newest
 from megatron_llm.checkpoint.load import load_entries
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.testing.ranks import run_ranks
@@ -34,15 +35,13 @@ def whole_and_state(groups: ParallelGroups, value: float) -> list[Entry]:
     return [Entry("w", (4 * groups.tp.size, 3), start, weight, owned=groups.dp.rank == 0), state]
 
 
-def refusing(real: Any, code: int) -> Any:
-    """A writer of tensor bytes that fails after the header."""
+def refusing(code: int) -> Any:
+    """A disk that refuses every piece."""
 
-    def put(writer: Any, data: memoryview) -> None:
-        if writer._size:
-            raise OSError(code, "No space left on device" if code == errno.ENOSPC else "Input/output error")
-        real(writer, data)
+    def write_piece(writer: pieces.PieceWriter, number: int, data: memoryview) -> None:
+        raise OSError(code, "No space left on device" if code == errno.ENOSPC else "Input/output error")
 
-    return put
+    return write_piece
 
 
 def save_with_one_bad_disk(
@@ -53,8 +52,8 @@ def save_with_one_bad_disk(
     make = entries if form == "sharded" else whole_and_state
     checkpointer.save(1, make(groups, 1.0), {"step": 1})
     checkpointer.wait()
-    put = save_module.TensorFileWriter._put
-    with mock.patch.object(save_module.TensorFileWriter, "_put", refusing(put, code) if groups.rank == bad_rank else put):
+    write_piece = pieces.PieceWriter._write_piece
+    with mock.patch.object(pieces.PieceWriter, "_write_piece", refusing(code) if groups.rank == bad_rank else write_piece):
         try:
             checkpointer.save(2, make(groups, 2.0), {"step": 2})
             checkpointer.wait()
@@ -181,6 +180,33 @@ def test_damage_seen_by_one_rank_is_told_to_all(tmp_path: Path) -> None:
 
 def save_step(groups: ParallelGroups, root: str, step: int) -> None:
     Checkpointer(root, groups).save(step, entries(groups, float(step)), {})
+
+
+def load_halves(groups: ParallelGroups, root: str) -> tuple[list[float], list[str]]:
+    """Each rank loads rows of its own, verified while they are read."""
+    lines: list[str] = []
+    mine = torch.zeros(4, 3)
+
+    def load(path: Path) -> list[float]:
+        load_entries(path, [Entry("w", (4 * groups.world.size, 3), (4 * groups.rank, 0), mine)], groups, verify=True)
+        return [float(value) for value in mine[:, 0]]
+
+    loaded = load_newest(root, groups, load, lines.append)
+    assert loaded is not None
+    return loaded, lines
+
+
+def test_damage_that_one_rank_reads_takes_all_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        run_ranks(save_step, str(tmp_path), step, tp=3)
+    file = tmp_path / "step_0000002" / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    outcomes = run_ranks(load_halves, str(tmp_path), tp=3, timeout=30.0)
+    assert [values for values, _ in outcomes] == [[1.0] * 4, [2.0] * 4, [3.0] * 4]
+    assert "loading" in outcomes[0][1][0] and "skipped step_0000002 (rank_00001.safetensors does not match" in outcomes[0][1][1]
+    assert outcomes[1][1] == outcomes[2][1] == []
 
 
 def save_in_two_stages(groups: ParallelGroups, root: str) -> str:

@@ -1,7 +1,7 @@
 """The pipeline executor on toy stages: outputs and gradients equal those of one process, bit for bit, under every schedule."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -9,13 +9,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_llm.parallel import executor
+from megatron_llm.parallel.deferred import DeferredGradients, linear
 from megatron_llm.parallel.executor import PipelineExecutor
 from megatron_llm.parallel.groups import ParallelGroups, single_process_groups
 from megatron_llm.parallel.p2p import Mailbox
-from megatron_llm.parallel.schedules import Action, ActionKind, forward_part, make_schedule
+from megatron_llm.parallel.schedules import Action, ActionKind, forward_part, make_schedule, post_early
 from megatron_llm.parallel.simulator import peak_activations
 from megatron_llm.testing.pool import RankError
 from megatron_llm.testing.ranks import run_ranks
@@ -28,7 +30,7 @@ class ToyStage(nn.Module):
 
     def __init__(self, virtual: int, depth: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.first, self.last = virtual == 0, virtual == depth - 1
+        self.first, self.last, self.deferred = virtual == 0, virtual == depth - 1, DeferredGradients()
         generator = torch.Generator().manual_seed(virtual)
         self.weight = nn.Parameter((torch.randn(SHAPE[2], SHAPE[2], generator=generator) * 0.3).to(dtype))
         self.bias = nn.Parameter((torch.randn(SHAPE[2], generator=generator) * 0.1).to(dtype))
@@ -36,7 +38,7 @@ class ToyStage(nn.Module):
     def forward(self, batch: tuple[Tensor, Tensor], hidden: Tensor | None) -> Tensor:
         assert (hidden is None) == self.first
         source = batch[0] if hidden is None else hidden
-        result = torch.tanh(source @ self.weight + self.bias) + source * source
+        result = torch.tanh(linear(source, self.weight, self.bias, self.deferred)) + source * source
         return (result - batch[1]).square().sum().float() if self.last else result
 
 
@@ -64,6 +66,10 @@ def own_stages(groups: ParallelGroups, chunks: int, dtype: torch.dtype = torch.f
     return [ToyStage(chunk * size + groups.pp.rank, chunks * size, dtype) for chunk in range(chunks)]
 
 
+def pipeline_of(stages: list[ToyStage], groups: ParallelGroups, schedule: str, dtype: torch.dtype = torch.float32) -> PipelineExecutor:
+    return PipelineExecutor(stages, groups, schedule, dtype, deferred=[stage.deferred for stage in stages])
+
+
 def check_against_one_process(groups: ParallelGroups, schedule: str, chunks: int, micros: list[int], dtype: torch.dtype) -> int:
     """Compare everything on this rank; returns how many tensors were compared."""
     compared = 0
@@ -71,7 +77,7 @@ def check_against_one_process(groups: ParallelGroups, schedule: str, chunks: int
         batches = toy_batches(count, dtype, seed=groups.dp.rank * 10 + groups.tp.rank)
         losses, reference = one_process(groups.pp.size * chunks, batches, dtype)
         stages = own_stages(groups, chunks, dtype)
-        pipeline = PipelineExecutor(stages, groups, schedule, dtype)
+        pipeline = pipeline_of(stages, groups, schedule, dtype)
 
         outputs = pipeline.run(batches, SHAPE, forward_only=True)
         assert all(parameter.grad is None for stage in stages for parameter in stage.parameters())
@@ -91,7 +97,7 @@ def check_against_one_process(groups: ParallelGroups, schedule: str, chunks: int
     return compared
 
 
-LAYOUTS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3)]
+LAYOUTS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zero-bubble", 1)]
 
 
 @pytest.mark.parametrize("pp", [2, 4], ids=["pp2", "pp4"])
@@ -114,11 +120,11 @@ class BlockingMailbox(Mailbox):
 
 
 def check_with_blocking_transfers(groups: ParallelGroups, schedule: str, chunks: int, micros: list[int]) -> int:
-    with mock.patch.object(executor, "Mailbox", BlockingMailbox):
+    with mock.patch.object(executor, "Mailbox", BlockingMailbox), mock.patch.object(executor, "matches_tags", lambda group: False):
         return check_against_one_process(groups, schedule, chunks, micros, torch.float32)
 
 
-@pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS[1:3])
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)])
 def test_plans_need_no_transfers_in_the_background(schedule: str, chunks: int) -> None:
     assert len(run_ranks(check_with_blocking_transfers, schedule, chunks, [3, 8], pp=4)) == 4
 
@@ -178,7 +184,7 @@ class TorchStage(nn.Module):
         self.stage = stage
 
     def forward(self, source: Tensor) -> Tensor:
-        return torch.tanh(source @ self.stage.weight + self.stage.bias) + source * source
+        return torch.tanh(F.linear(source, self.stage.weight, self.stage.bias)) + source * source
 
 
 def torch_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -283,15 +289,24 @@ def test_an_output_is_let_go_when_it_is_sent() -> None:
 
 def record_events(groups: ParallelGroups, chunks: int, count: int, forward_only: bool) -> list[Action | int]:
     events: list[Action | int] = []
-    pipeline = PipelineExecutor(own_stages(groups, chunks), groups, "auto", torch.float32, on_action=events.append)
-    pipeline.run(toy_batches(count), SHAPE, forward_only=forward_only, before_last_backward=events.append)
+    schedule = "auto" if chunks > 1 else "zero-bubble"
+    stages = own_stages(groups, chunks)
+    pipeline = PipelineExecutor(
+        stages, groups, schedule, torch.float32, on_action=events.append, deferred=[stage.deferred for stage in stages]
+    )
+
+    def announced(chunk: int, awaited: Collection[nn.Parameter] | None) -> None:
+        assert awaited is None if chunks > 1 else awaited == [stages[0].weight]
+        events.append(chunk)
+
+    pipeline.run(toy_batches(count), SHAPE, forward_only=forward_only, before_last_backward=announced)
     return events
 
 
 def test_last_backward_is_announced_once_a_chunk_and_actions_are_observable() -> None:
     for rank, events in enumerate(run_ranks(record_events, 2, 5, False, pp=2)):
         actions = [event for event in events if isinstance(event, Action)]
-        assert tuple(actions) == make_schedule("interleaved", 2, 5, 2)[rank]
+        assert tuple(actions) == post_early(make_schedule("interleaved", 2, 5, 2)[rank])
         for chunk in (0, 1):
             announced = events.index(chunk)
             assert events.count(chunk) == 1
@@ -299,7 +314,10 @@ def test_last_backward_is_announced_once_a_chunk_and_actions_are_observable() ->
             later = events[announced:]
             assert not any(isinstance(e, Action) and e.kind is ActionKind.BACKWARD and e.chunk == chunk for e in later)
     for rank, events in enumerate(run_ranks(record_events, 1, 3, True, pp=2)):
-        assert tuple(events) == forward_part(make_schedule("1f1b", 2, 3)[rank])
+        assert tuple(events) == post_early(forward_part(make_schedule("1f1b", 2, 3)[rank]))
+    for rank, events in enumerate(run_ranks(record_events, 1, 3, False, pp=2)):
+        assert tuple(event for event in events if isinstance(event, Action)) == post_early(make_schedule("zero-bubble", 2, 3)[rank])
+        assert events.count(0) == 1 and events[events.index(0) - 1] == Action(ActionKind.WEIGHT, 0, 2)
 
 
 def run_frozen_first_stage(groups: ParallelGroups) -> list[bool]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_llm.parallel import shm
 from megatron_llm.parallel.failure import rank_guard
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.heartbeat import PhaseTracker
@@ -92,27 +93,31 @@ def clean_exit(rank: int, phase: PhaseTracker) -> None:
     raise SystemExit(0)
 
 
-def guarded(name: str, rank: int, store_file: str, log: str) -> None:
+def guarded(name: str, rank: int, store_file: str, log: str, backend: str) -> None:
     """Body of one test process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store, phase = dist.FileStore(store_file, GRID.world_size), PhaseTracker()
     phase.enter("start up", patience=60.0)
+    if backend == shm.BACKEND:
+        shm.register()
     with rank_guard(GRID, rank, store, phase, timeout=3.0 if name in ("one_hangs", "one_takes_its_time") else 60.0, interval=INTERVAL):
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=GRID.world_size, timeout=timedelta(seconds=60)
+            backend, store=dist.PrefixStore("pg", store), rank=rank, world_size=GRID.world_size, timeout=timedelta(seconds=60)
         )
         globals()[name](rank, phase)
 
 
-def run_guarded(body: Callable[[int, PhaseTracker], None], folder: Path) -> tuple[list[int | None], list[str], float]:
+def run_guarded(
+    body: Callable[[int, PhaseTracker], None], folder: Path, backend: str = "gloo"
+) -> tuple[list[int | None], list[str], float]:
     """Exit codes and outputs of four ranks, and the seconds until all had left."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "pytest"])
     logs = [folder / f"{rank}.log" for rank in range(GRID.world_size)]
     processes = [
-        context.Process(target=guarded, args=(body.__name__, rank, str(folder / "store"), str(logs[rank])))
+        context.Process(target=guarded, args=(body.__name__, rank, str(folder / "store"), str(logs[rank]), backend))
         for rank in range(GRID.world_size)
     ]
     for process in processes:
@@ -158,10 +163,20 @@ def test_what_every_rank_raises_is_told_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "where"), [(one_is_killed, "step 1, save checkpoint"), (one_is_killed_and_nobody_communicates, "step 7, count")]
+    ("body", "where", "backend"),
+    [
+        (one_is_killed, "step 1, save checkpoint", "gloo"),
+        (one_is_killed_and_nobody_communicates, "step 7, count", "gloo"),
+        pytest.param(
+            one_is_killed,
+            "step 1, save checkpoint",
+            "shm",
+            marks=pytest.mark.skipif(bool(shm.why_not_here()), reason=shm.why_not_here() or "usable"),
+        ),
+    ],
 )
-def test_a_killed_rank_is_named_by_the_others(body: Callable[[int, PhaseTracker], None], where: str, tmp_path: Path) -> None:
-    codes, logs, seconds = run_guarded(body, tmp_path)
+def test_a_killed_rank_is_named_by_the_others(body: Callable[[int, PhaseTracker], None], where: str, backend: str, tmp_path: Path) -> None:
+    codes, logs, seconds = run_guarded(body, tmp_path, backend)
     assert codes == [1, 1, -signal.SIGKILL, 1]
     for rank in (0, 1, 3):
         assert "first failure: rank 2 (tp 0, dp 0, pp 1) in" in logs[rank]

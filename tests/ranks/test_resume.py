@@ -35,7 +35,13 @@ def config_for(layout: Layout, root: Path, *, save: str, load: str | None, famil
             num_query_groups=2 if family == "llama" else None,
             vocab_size=VOCAB,
         ),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, device="cpu", ddp_bucket_size=3000),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            pipeline_schedule="zero-bubble" if pp > 1 and dp > 1 else "auto",
+            device="cpu",
+            ddp_bucket_size=3000,
+        ),
         optimizer=OptimizerConfig(lr=1e-2),
         train=replace(
             TrainConfig(micro_batch_size=2, global_batch_size=BATCH, seq_length=LENGTH, train_iters=20, seed=5),

@@ -9,8 +9,8 @@ from tests.rules.sources import PACKAGE, ROOT, Source, report, sources
 
 LEVELS = (
     ("utils",),
-    ("config",),
-    ("kernels", "parallel"),
+    ("config", "kernels"),
+    ("parallel",),
     ("models", "data", "optim"),
     ("checkpoint",),
     ("convert", "lora"),

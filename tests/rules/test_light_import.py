@@ -13,6 +13,7 @@ from tests.rules.sources import PACKAGE, ROOT, sources
 OPTIONAL = (
     "tensorboard", "wandb", "nltk", "nupunkt", "accelerate", "peft", "datasets", "trl", "deepspeed", "lm_eval", "jieba", "rouge_chinese",
     "bitsandbytes", "torchao", "gguf", "fastapi", "uvicorn", "openai", "gradio", "megatron", "pybind11", "psutil", "hypothesis",
+    "gigatoken", "orjson",
 )  # fmt: skip
 
 IMPORT_ALL = """

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_llm.parallel.schedules import ORDERS, Action, ActionKind, Plan, forward_part, make_schedule, weave
-from megatron_llm.parallel.simulator import Costs, ScheduleError, check_plan, peak_activations, simulate
+from megatron_llm.parallel.schedules import ORDERS, Action, ActionKind, Plan, forward_part, make_schedule, post_early, weave
+from megatron_llm.parallel.simulator import Costs, ScheduleError, check_plan, peak_activations, peak_buffers, simulate
 from megatron_llm.utils.errors import UserError
 
-F, B = ActionKind.FORWARD, ActionKind.BACKWARD
+F, B, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT
 SF, RF = ActionKind.SEND_FORWARD, ActionKind.RECV_FORWARD
 SB, RB = ActionKind.SEND_BACKWARD, ActionKind.RECV_BACKWARD
 EVERY_STAGES, EVERY_MICROS = range(1, 9), range(1, 33)
@@ -58,7 +58,7 @@ def test_the_bubble_is_the_published_one(name: str, chunks: int) -> None:
                 assert ideal < result.ticks <= plain, "with micro-batches left over it is still no slower than 1F1B"
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zero-bubble"])
 def test_the_forward_part_alone_is_a_plan_too(name: str) -> None:
     chunks = 3 if name == "interleaved" else 1
     for stages in (1, 2, 3, 8):
@@ -68,11 +68,67 @@ def test_the_forward_part_alone_is_a_plan_too(name: str) -> None:
             assert result.busy == (micro_batches * chunks,) * stages
 
 
+def test_every_zero_bubble_plan_is_in_order_and_holds_no_more_than_1f1b() -> None:
+    for stages in EVERY_STAGES:
+        for micro_batches in EVERY_MICROS:
+            plan = make_schedule("zero-bubble", stages, micro_batches)
+            check_plan(plan, micro_batches)
+            kinds = [[action.kind for action in actions] for actions in plan]
+            assert all(kind.count(W) == (micro_batches if stages > 1 else 0) for kind in kinds)
+            peaks = [peak_activations(actions) for actions in plan]
+            assert peaks == [min(stages, micro_batches) if stages > 1 else 1] * stages
+            assert max(peaks) == max(peak_activations(actions) for actions in make_schedule("1f1b", stages, micro_batches))
+
+
+@pytest.mark.parametrize("costs", [Costs(), Costs(10, 12, 8), Costs(10, 14, 6), Costs(3, 5, 0)], ids=str)
+def test_the_bubble_of_zb_h1_is_the_papers(costs: Costs) -> None:
+    forward, inputs, weights = costs.forward, costs.backward_input, costs.backward_weight
+    for stages in range(2, 9):
+        for micro_batches in range(1, 17):
+            busy = micro_batches * (forward + inputs + weights)
+            plain = simulate(make_schedule("1f1b", stages, micro_batches), micro_batches, costs=costs)
+            split = simulate(make_schedule("zero-bubble", stages, micro_batches), micro_batches, costs=costs)
+            assert plain.busy == split.busy == (busy,) * stages
+            assert plain.ticks - busy == (stages - 1) * (forward + inputs + weights)
+            # With fewer micro-batches than stages there are too few weight gradients to fill the wait of the last stages.
+            missing = max(0, stages - micro_batches) * weights
+            assert split.ticks - busy == (stages - 1) * (forward + inputs - weights) + missing, (stages, micro_batches)
+
+
+def test_measured_costs_are_those_of_each_virtual_stage() -> None:
+    plan = make_schedule("interleaved", 2, 4, 2)
+    costs = [Costs(1, 1, 1), Costs(1, 1, 1), Costs(1, 1, 1), Costs(2, 3, 4)]
+    assert simulate(plan, 4, 2, costs).busy == (24, 12 + 36)
+    with pytest.raises(ValueError, match="2 costs for 4 virtual stages"):
+        simulate(plan, 4, 2, costs[:2])
+
+
+def test_receives_may_be_posted_a_computation_earlier() -> None:
+    for name, chunks in (("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)):
+        plan = make_schedule(name, 4, 8, chunks)
+        early = tuple(post_early(actions) for actions in plan)
+        for before, after in zip(plan, early, strict=True):
+            assert sorted(before) == sorted(after)
+            assert [a for a in before if a.peer is None] == [a for a in after if a.peer is None]
+            assert peak_buffers(before) <= peak_buffers(after) <= peak_buffers(before) + 1
+            for place, action in enumerate(after):
+                if action.kind in (RF, RB) and place > 0:
+                    computed = [a for a in before[: before.index(action)] if a.peer is None]
+                    assert [a for a in after[:place] if a.peer is None] == computed[:-1]
+    assert [str(a) for a in early[1][:2]] == [
+        "recv F of micro-batch 0, chunk 0 (from stage 0)",
+        "recv F of micro-batch 1, chunk 0 (from stage 0)",
+    ]
+
+
 def test_a_small_1f1b_plan_reads_as_drawn_in_the_paper() -> None:
     first, second = make_schedule("1f1b", 2, 3)
     assert [(a.kind, a.micro) for a in first if a.peer is None] == [(F, 0), (F, 1), (B, 0), (F, 2), (B, 1), (B, 2)]
     assert [(a.kind, a.micro) for a in second if a.peer is None] == [(F, 0), (B, 0), (F, 1), (B, 1), (F, 2), (B, 2)]
     assert first[:2] == (Action(F, 0, 0), Action(SF, 0, 0, 1))
+    first, second = make_schedule("zero-bubble", 2, 3)
+    assert [(a.kind, a.micro) for a in first if a.peer is None] == [(F, 0), (F, 1), (B, 0), (W, 0), (F, 2), (B, 1), (W, 1), (B, 2), (W, 2)]
+    assert [(a.kind, a.micro) for a in second if a.peer is None] == [(F, 0), (B, 0), (F, 1), (B, 1), (W, 0), (F, 2), (B, 2), (W, 1), (W, 2)]
     assert str(first[1]) == "send F of micro-batch 0, chunk 0 (to stage 1)"
 
 
@@ -146,6 +202,23 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
 }
 
 
+BROKEN_SPLIT: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "missing-weights": (lambda p: without(p, 1, W), "stage 1: W of micro-batch 1.*expected micro-batch 0"),
+    "missing-last-weights": (lambda p: with_rank(p, 3, list(p[3][:-1])), "stage 3, chunk 0: 3 of 4 'W'"),
+    "weights-twice": (lambda p: twice(p, 0, W), "stage 0: W of micro-batch 0.*expected micro-batch 1"),
+    "weights-before-backward": (lambda p: moved_first(p, 2, W), "stage 2: W of micro-batch 0, chunk 0 comes before 'B'"),
+    "split-on-one-stage-only": (lambda p: with_rank(p, 0, [a for a in p[0] if a.kind is not W]), "split on some stages only"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_SPLIT)
+def test_a_broken_split_is_caught(broken: str) -> None:
+    plan = make_schedule("zero-bubble", 4, 4)
+    damage, words = BROKEN_SPLIT[broken]
+    with pytest.raises(ScheduleError, match=words):
+        simulate(damage(plan), 4)
+
+
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_plan_is_caught(broken: str) -> None:
     plan = make_schedule("1f1b", 4, 4)
@@ -185,12 +258,13 @@ def test_orders_that_wait_for_each_other_are_refused() -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (("dualpipe", 2, 2, 1), "'dualpipe' is not known: choose one of auto, gpipe, 1f1b, interleaved"),
+        (("dualpipe", 2, 2, 1), "'dualpipe' is not known: choose one of auto, gpipe, 1f1b, interleaved, zero-bubble"),
         (("1f1b", 2, 0, 1), "at least 1 stage, micro-batch and chunk, got 2, 0 and 1"),
         (("gpipe", 2, 2, 2), "gpipe runs one model chunk a rank, got 2"),
+        (("zero-bubble", 2, 2, 2), "zero-bubble runs one model chunk a rank, got 2"),
     ],
 )
 def test_a_bad_request_is_one_sentence(request_: tuple[str, int, int, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_schedule(*request_)
-    assert set(ORDERS) == {"gpipe", "1f1b", "interleaved"}
+    assert set(ORDERS) == {"gpipe", "1f1b", "interleaved", "zero-bubble"}

@@ -40,7 +40,8 @@ class StepMetrics:
     """One completed step.
 
     loss is the mean over the unmasked tokens of the global batch, None where it is not known; tokens is the size of the
-    global batch, masked tokens too; seconds is the step's wall time; mfu is a share of 1 and None where the peak is not
+    global batch, masked tokens too; seconds is the step's wall time and data_wait the part of it in which
+    rank 0 waited for its batches; mfu is a share of 1 and None where the peak is not
     known; skipped says that the optimizer did not move because a gradient overflowed.
     """
 
@@ -52,6 +53,7 @@ class StepMetrics:
     skipped: bool
     tokens: int
     seconds: float
+    data_wait: float
     consumed_samples: int
     tokens_per_second: float
     mfu: float | None

@@ -109,6 +109,7 @@ def step_line(steps: list[StepMetrics], last_step: int, seconds_left: float | No
         share = sum((metrics.mfu or 0.0) * metrics.seconds for metrics in known) / sum(metrics.seconds for metrics in known)
         parts.append(f"MFU {100 * share:.1f} %")
     parts.append(f"{_step_time(seconds / len(steps))}/step")
+    parts.append(f"data wait {_step_time(sum(metrics.data_wait for metrics in steps) / len(steps))}")
     if latest.loss_scale is not None:
         parts.append(f"loss scale {latest.loss_scale:g}")
     skipped = sum(metrics.skipped for metrics in steps)

@@ -18,7 +18,7 @@ from megatron_llm.training.callbacks.series import Series
 FILE_NAME = "training.png"
 REDRAW_SECONDS = 30.0
 REDRAW_SHARE = 0.02
-STEP_KEYS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "loss_scale", "seconds")
+STEP_KEYS = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "loss_scale", "seconds", "data_wait")
 EVALUATION_KEYS = ("validation_loss",)
 
 
@@ -72,7 +72,7 @@ class PlotCallback(Callback):
         for line in read_log(log):
             if line["event"] == "step":
                 for key in STEP_KEYS:
-                    self._series[key].add(line["step"], line[key])
+                    self._series[key].add(line["step"], line.get(key))
             elif line["event"] == "evaluation":
                 self._series["validation_loss"].add(line["step"], line["loss"])
 

@@ -50,6 +50,7 @@ def step_scalars(metrics: StepMetrics) -> dict[str, float]:
         "train/consumed_samples": metrics.consumed_samples,
         "speed/tokens_per_second": metrics.tokens_per_second,
         "speed/seconds_per_step": metrics.seconds,
+        "speed/data_wait_seconds": metrics.data_wait,
         "speed/mfu": metrics.mfu,
     }
     return {key: value for key, value in values.items() if value is not None}

@@ -8,8 +8,8 @@ import torch
 
 from megatron_llm.checkpoint.checkpointer import Checkpointer
 from megatron_llm.checkpoint.entries import Entry
-from megatron_llm.checkpoint.find import find_latest
-from megatron_llm.checkpoint.load import load_state
+from megatron_llm.checkpoint.find import find_latest, load_newest
+from megatron_llm.checkpoint.load import load_entries, load_state
 from megatron_llm.parallel.groups import single_process_groups
 from megatron_llm.utils.errors import UserError
 
@@ -62,6 +62,61 @@ def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(tmp_path: Path, kind
     damage(tmp_path / "step_0000020")
     with pytest.raises(UserError, match=f"no complete checkpoint in .*step_0000020 .*{text}"):
         find_latest(tmp_path / "step_0000020", print)
+
+
+def loaded_weight(root: Path, lines: list[str]) -> torch.Tensor | None:
+    """The weight of the newest checkpoint, verified while it is read."""
+    target = torch.zeros(50)
+
+    def load(path: Path) -> torch.Tensor:
+        load_entries(path, [Entry("w", (50,), (0,), target)], verify=True)
+        return target
+
+    return load_newest(root, GROUPS, load, lines.append)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_found_while_loading_leads_to_the_one_before(tmp_path: Path, kind: str) -> None:
+    make(tmp_path, 10, 20)
+    DAMAGE[kind][0](tmp_path / "step_0000020")
+    lines: list[str] = []
+    weight = loaded_weight(tmp_path, lines)
+    assert weight is not None and torch.equal(weight, torch.arange(50.0) + 10)
+    assert "skipped step_0000020 (" in lines[-1] and f"loading {tmp_path / 'step_0000010'}" in lines[-1]
+    with pytest.raises(UserError, match=r"no complete checkpoint in .*step_0000020 .*to start afresh"):
+        loaded_weight(tmp_path / "step_0000020", [])
+
+
+def test_when_loading_finds_all_damaged_it_does_not_start_afresh(tmp_path: Path) -> None:
+    make(tmp_path, 10, 20)
+    for step in ("10", "20"):
+        flip(tmp_path / f"step_00000{step}" / DATA, -1)
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"step_0000020 .*digest.*; step_0000010 .*digest.*to start afresh"):
+        loaded_weight(tmp_path, lines)
+    assert [line.split("loading ")[1][-12:] for line in lines] == ["step_0000020", "step_0000010"]
+
+
+def test_nothing_to_load_is_none_and_other_errors_pass(tmp_path: Path) -> None:
+    assert loaded_weight(tmp_path / "absent", []) is None
+    make(tmp_path, 10, 20)
+
+    def refuse(path: Path) -> None:
+        raise UserError(f"{path.name} is of another family")
+
+    with pytest.raises(UserError, match="step_0000020 is of another family"):
+        load_newest(tmp_path, GROUPS, refuse, print)
+
+
+def test_small_files_are_verified_before_loading(tmp_path: Path) -> None:
+    for step in (1, 2):
+        Checkpointer(tmp_path, GROUPS, form="hf").save(
+            step, [Entry("w", (50,), (0,), torch.ones(50))], {}, documents={"config.json": {"a": step}}
+        )
+    flip(tmp_path / "step_0000002" / "config.json", 5)
+    lines: list[str] = []
+    assert loaded_weight(tmp_path, lines) is not None
+    assert len(lines) == 1 and "skipped step_0000002 (config.json does not match its digest" in lines[0]
 
 
 def test_when_all_are_damaged_it_does_not_start_afresh_silently(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def change(path: tuple[Any, ...], value: Any) -> dict[str, Any]:
     ("path", "value", "text"),
     [
         (("format",), "something else", "not a megatron_llm manifest"),
-        (("version",), 2, "format version is 2"),
+        (("version",), 1, "format version is 1"),
         (("files",), {"../outside": {"size": 1, "sha256": ""}}, "outside its folder"),
         (("files",), {"/etc/passwd": {"size": 1, "sha256": ""}}, "outside its folder"),
         (("tensors", "w", "chunks", 0, 0), "other.safetensors", "not among its files"),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_llm.checkpoint import checkpointer as checkpointer_module
+from megatron_llm.checkpoint import pieces
 from megatron_llm.checkpoint import save as save_module
 from megatron_llm.checkpoint.checkpointer import Checkpointer
 from megatron_llm.checkpoint.entries import Entry
@@ -157,30 +158,42 @@ def test_state_must_be_plain(tmp_path: Path) -> None:
 
 
 class _FullDisk:
-    """A file writer whose disk is full after a given number of bytes."""
+    """A disk that is full after a given number of bytes, and that may tell so when space is reserved or when it is used."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.real = save_module.TensorFileWriter._put
+    def __init__(self, room: int, told: str) -> None:
+        self.room, self.told = room, told
+        self.allocate, self.write = pieces._allocate, pieces.PieceWriter._write_piece
 
-    def put(self, writer: Any, data: memoryview) -> None:
-        self.room -= len(data)
+    def take(self, size: int) -> None:
+        self.room -= size
         if self.room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        self.real(writer, data)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def write_piece(writer: pieces.PieceWriter, number: int, data: memoryview) -> None:
+            self.take(len(data))
+            self.write(writer, number, data)
+
+        if self.told == "reserving":
+            monkeypatch.setattr(pieces, "_allocate", lambda file, size: self.take(size))
+        else:
+            monkeypatch.setattr(pieces.PieceWriter, "_write_piece", write_piece)
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("room", [10, 700], ids=["header", "tensors"])
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [(700, "reserving"), (10, "writing"), (pieces.PIECE + 10, "writing")],
+    ids=["reserving", "first piece", "last piece"],
+)
 def test_a_full_disk_is_a_sentence_and_leaves_the_former_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, async_save: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, told: str, async_save: bool
 ) -> None:
-    values = tensors()
+    values = {**tensors(), "large": torch.zeros(pieces.PIECE // 4 + 1)}
     checkpointer = Checkpointer(tmp_path, GROUPS, async_save=async_save)
     first = checkpointer.save(1, entries_of(values), {"n": 1})
     checkpointer.wait()
-    disk = _FullDisk(room)
-    monkeypatch.setattr(save_module.TensorFileWriter, "_put", lambda writer, data: disk.put(writer, data))
+    _FullDisk(room, told).install(monkeypatch)
 
     def second_save() -> None:
         checkpointer.save(2, entries_of(values), {"n": 2})

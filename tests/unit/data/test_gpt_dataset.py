@@ -12,7 +12,9 @@ from megatron_llm.config.schema import DataConfig
 from megatron_llm.data.batch import Dataset
 from megatron_llm.data.build import DatasetSplits, SampleCounts, build_datasets, sample_counts
 from megatron_llm.data.gpt_dataset import GPTDataset, SampleOptions
-from megatron_llm.data.index_backend import VARIABLE
+from megatron_llm.data.index_backend import VARIABLE, load_backend
+from megatron_llm.data.indexed import IndexedDataset
+from megatron_llm.data.sample_index import build_sample_index, plan_epochs
 from megatron_llm.testing.corpora import EOD_ID, VOCAB_SIZE, random_documents, write_corpus
 from megatron_llm.utils.errors import UserError
 
@@ -187,6 +189,51 @@ def test_numpy_fallback_gives_the_same_samples(tmp_path: Path, monkeypatch: pyte
     native = samples_of(build(prefix, 900, data_cache_path=str(tmp_path / "native")).train)
     monkeypatch.setenv(VARIABLE, "numpy")
     assert samples_of(build(prefix, 900, data_cache_path=str(tmp_path / "numpy")).train) == native
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64])
+@pytest.mark.parametrize("extra", [True, False])
+def test_the_native_reader_gathers_what_numpy_gathers(tmp_path: Path, dtype: type[np.generic], extra: bool) -> None:
+    backend = load_backend()
+    if backend.name == "numpy":
+        pytest.skip(backend.describe())
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, VOCAB_SIZE, length) for length in random.integers(0, 23, 90)]
+    source = IndexedDataset(write_corpus(tmp_path / "c", [document.tolist() for document in documents], sidecar=False))
+    source.tokens, source.dtype = source.tokens.astype(dtype), np.dtype(dtype)
+    source.sequence_pointers = source.sequence_pointers // 2 * source.dtype.itemsize
+    plan = plan_epochs(source.token_count, 13, 190, extra=int(extra), drop_last_partial=False)
+    index = dict(build_sample_index(source.sequence_lengths, range(len(source)), plan, seed=2, backend=backend))
+    plain, native = (GPTDataset(source, index, 13, SampleOptions(extra_token=extra), reader) for reader in (None, backend))
+    assert native._read is not None and plain._read is None
+    for number in range(len(plain)):
+        found = native._read(number)
+        assert found is not None and found.dtype == np.int64 and found.tolist() == plain.text(number).tolist()
+    assert native._read(-1) is None and native._read(len(plain)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("document_index", 1, 90),
+        ("document_index", 1, -1),
+        ("sample_index", (1, 0), 10**6),
+        ("sample_index", (1, 1), -3),
+        ("shuffle_index", 0, 10**6),
+    ],
+)
+def test_the_native_reader_reads_nothing_outside_the_corpus(tmp_path: Path, name: str, place: Any, value: int) -> None:
+    backend = load_backend()
+    if backend.name == "numpy":
+        pytest.skip(backend.describe())
+    source = IndexedDataset(write_corpus(tmp_path / "c", random_documents(90)))
+    plan = plan_epochs(source.token_count, 13, None)
+    index = dict(build_sample_index(source.sequence_lengths, range(len(source)), plan, seed=2, backend=backend))
+    index[name][place] = value
+    read = GPTDataset(source, index, 13, None, backend)._read
+    assert read is not None
+    damaged = [number for number in range(plan.samples) if read(number) is None]
+    assert 1 <= len(damaged) <= 5, "a document is cut into at most five samples"
 
 
 def test_mock_data_is_the_same_everywhere_and_differs_between_splits() -> None:

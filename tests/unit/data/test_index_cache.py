@@ -42,7 +42,7 @@ def counted(folder: Path, seconds: float = 0.0) -> Callable[[], Arrays]:
     def build() -> Arrays:
         (folder / f"built-{os.getpid()}-{time.monotonic_ns()}").touch()
         time.sleep(seconds)
-        return {"a": np.arange(1000), "b": np.zeros((2, 3), np.float32), "empty": np.zeros(0, np.int16)}
+        return [("a", np.arange(1000)), ("b", np.zeros((2, 3), np.float32)), ("empty", np.zeros(0, np.int16))]
 
     return build
 
@@ -179,7 +179,7 @@ def test_what_a_live_builder_writes_is_not_removed(tmp_path: Path) -> None:
     elsewhere = Path(f"{entry}.another-machine.1.00000000.tmp")
     for folder in (alive, elsewhere):
         folder.mkdir()
-    cache.get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})
+    cache.get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])
     assert alive.is_dir() and elsewhere.is_dir() and entry.is_dir()
 
 
@@ -192,7 +192,7 @@ def test_waiting_says_for_whom_and_ends(tmp_path: Path) -> None:
         stream.write("process 4711 on node7")
         stream.flush()
         with pytest.raises(UserError, match=r"waited 0 s for process 4711 on node7 to build the index .*tools/build_index.py"):
-            cache_in(tmp_path, 0.3, said.append).get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})
+            cache_in(tmp_path, 0.3, said.append).get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])
     assert len(said) == 1 and "waiting for the index of corpus: process 4711 on node7" in said[0]
 
 
@@ -203,7 +203,7 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> No
     cache = cache_in(tmp_path / "cache")
     with pytest.raises(UserError, match="no tokens"):
         cache.get("corpus", {"seed": 1}, fail)
-    assert cache.get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+    assert cache.get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])["a"].tolist() == [0, 1, 2]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -214,21 +214,21 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_entry(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
         with pytest.raises(UserError, match="cannot write .*: No space left on device"):
-            cache_in(tmp_path / "cache").get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})
+            cache_in(tmp_path / "cache").get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    assert len(cache_in(tmp_path / "cache").get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})["a"]) == 3
+    assert len(cache_in(tmp_path / "cache").get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])["a"]) == 3
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        cache_in(tmp_path / "file" / "cache").get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})
+        cache_in(tmp_path / "file" / "cache").get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
 def test_a_damaged_entry_is_a_sentence_that_says_what_to_delete(tmp_path: Path, damage: str) -> None:
     cache = cache_in(tmp_path)
-    folder = cache.get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)}).folder
+    folder = cache.get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))]).folder
     if damage == "truncate":
         (folder / "a.npy").write_bytes((folder / "a.npy").read_bytes()[:-8])
     elif damage == "remove":
@@ -236,7 +236,7 @@ def test_a_damaged_entry_is_a_sentence_that_says_what_to_delete(tmp_path: Path, 
     else:
         np.save(folder / "a.npy", np.arange(4))
     with pytest.raises(UserError, match="is damaged .*: delete that folder"):
-        cache.get("corpus", {"seed": 1}, lambda: {"a": np.arange(3)})
+        cache.get("corpus", {"seed": 1}, lambda: [("a", np.arange(3))])
 
 
 def test_pickled_arrays_are_mapped_again(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_partial_last_sample(core: SimpleNamespace, prefixes: list[str], tmp_pat
         theirs.masks_and_position_ids_are_cacheable = False
         source = IndexedDataset(prefixes[1])
         plan = plan_epochs(source.token_count, seq_length, None, extra=int(extra), drop_last_partial=drop)
-        index = build_sample_index(source.sequence_lengths, range(len(source)), plan, seed=2, backend=load_backend())
+        index = dict(build_sample_index(source.sequence_lengths, range(len(source)), plan, seed=2, backend=load_backend()))
         assert_equal(GPTDataset(source, index, seq_length, SampleOptions(extra_token=extra)), theirs)
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,33 @@ def test_help_starts_with_an_example() -> None:
     command = [sys.executable, "tools/preprocess_data.py", "--help"]
     text = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
     assert text.index("example:") < text.index("options:")
+
+
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "sentencepiece")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--input", "a.jsonl"], 2),
+        (["--input", "a.jsonl", "--output-prefix", "b", "--tokenizer-type", "ByteTokenizer", "--workers", "-1"], 1),
+    ],
+)
+def test_help_and_wrong_flags_do_not_wait_for_libraries(arguments: list[str], status: int) -> None:
+    code = (
+        "import json, runpy, sys\n"
+        f"sys.argv = ['tools/preprocess_data.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"except SystemExit as end:\n    print(json.dumps([end.code or 0, [m for m in {HEAVY} if m in sys.modules]]), file=sys.stderr)\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    seconds = time.monotonic() - began
+    assert json.loads(done.stderr.splitlines()[-1]) == [status, []]
+    assert seconds < 5, "it takes a tenth of a second; a busy machine gets fifty times that"
 
 
 @needs_shared

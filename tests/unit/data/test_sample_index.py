@@ -82,54 +82,129 @@ def test_native_equals_numpy() -> None:
     check()
 
 
-def test_native_blends_equal_numpy_and_the_definition() -> None:
-    native = native_backend()
+def plain_blend(weights: list[float], size: int) -> tuple[list[int], list[int]]:
+    """The definition, one sample after the other."""
+    taken, datasets, samples = [0] * len(weights), [], []
+    for sample in range(size):
+        deficits = [weight * max(sample, 1) - count for weight, count in zip(weights, taken, strict=True)]
+        best = deficits.index(max(deficits))
+        datasets.append(best)
+        samples.append(taken[best])
+        taken[best] += 1
+    return datasets, samples
 
-    @settings(max_examples=60, deadline=None)
-    @given(
-        st.lists(st.one_of(st.integers(1, 20), st.floats(0.001, 1.0)), min_size=1, max_size=8),
-        st.integers(0, 900),
-        st.sampled_from([16, 64, 256]),
-    )
-    def check(raw: list[float], size: int, piece: int) -> None:
+
+WEIGHTS = st.lists(st.one_of(st.integers(1, 20), st.floats(1e-6, 1.0)), min_size=1, max_size=8)
+
+
+def vector_widths() -> list[int]:
+    """The widths of vectors that the extension has a blend for on this processor; 2 is everywhere."""
+    _C = importlib.import_module("megatron_llm._C")
+    found = []
+    for width in (2, 4, 8):
+        try:
+            _C.blend_index(np.array([1.0]), 1, width=width)
+        except ValueError:
+            continue
+        found.append(width)
+    return found
+
+
+def test_blends_walked_in_stretches_equal_the_definition() -> None:
+    """`early` 1 and 2 make short stretches that begin wrong often, so that they are walked again."""
+    native_backend()
+    _C = importlib.import_module("megatron_llm._C")
+    widths = vector_widths()
+    assert 2 in widths
+
+    @settings(max_examples=40, deadline=None)
+    @given(WEIGHTS, st.integers(0, 900), st.sampled_from([1, 2, 8]), st.integers(1, 3))
+    def check(raw: list[float], size: int, early: int, threads: int) -> None:
         weights = np.array(raw, np.float64) / sum(raw)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(index_numpy, "BLEND_PIECE", piece)  # small pieces, so that guesses are made and corrected
-            ours = NUMPY.blend_index(weights, size)
-        theirs = native.blend_index(weights, size)
-        taken = [0] * len(raw)
-        for sample in range(size):
-            deficits = [weight * max(sample, 1) - count for weight, count in zip(weights.tolist(), taken, strict=True)]
-            best = deficits.index(max(deficits))
-            assert (ours[0][sample], ours[1][sample]) == (best, taken[best])
-            taken[best] += 1
-        assert [array.dtype for array in ours] == [array.dtype for array in theirs] == [np.int16, np.int64]
-        assert ours[0].tolist() == theirs[0].tolist() and ours[1].tolist() == theirs[1].tolist()
+        expected = plain_blend(weights.tolist(), size)
+        found = [index_numpy.blend_index(weights, size, early), _C.blend_index(weights, size)]
+        found += [_C.blend_index(weights, size, threads, early, width) for width in widths]
+        for datasets, samples in found:
+            assert datasets.dtype == np.int16 and samples.dtype == np.int64
+            assert (datasets.tolist(), samples.tolist()) == expected
 
     check()
 
 
-def test_a_good_guess_is_corrected_where_rounding_breaks_the_period() -> None:
+@pytest.mark.parametrize("raw", [[3, 7], [0.123, 0.4, 0.2], [1] * 5, [1e-7, 1, 1e-3], [1 / 3, 1 / 7, 9], list(range(1, 20))])
+def test_long_blends_are_the_same_whichever_way_they_are_walked(raw: list[float]) -> None:
     native = native_backend()
-    for raw in ([3, 7], [0.123, 0.4, 0.2], [1 / 3, 1 / 7, 9], [1, 2, 3, 4, 5]):
-        weights = np.array(raw, np.float64) / sum(raw)
-        ours, theirs = NUMPY.blend_index(weights, 150_000), native.blend_index(weights, 150_000)
-        assert np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
+    weights = np.array(raw, np.float64) / sum(raw)
+    _C = importlib.import_module("megatron_llm._C")
+    plain = _C.blend_index(weights, 150_001, 1, 150_001)  # so early that there is one stretch only
+    for other in (NUMPY.blend_index(weights, 150_001), native.blend_index(weights, 150_001), _C.blend_index(weights, 150_001, 2, 3)):
+        assert np.array_equal(plain[0], other[0]) and np.array_equal(plain[1], other[1])
 
 
-def test_native_exhaustive_blends_equal_numpy() -> None:
+def test_weights_that_do_not_sum_to_one_are_walked_too() -> None:
     native = native_backend()
+    for raw in ([0.5, 0.7], [0.1, 0.2], [0.0, 1.0]):
+        weights = np.array(raw)
+        expected = plain_blend(raw, 40_000)
+        for backend in (NUMPY, native):
+            assert backend.blend_index(weights, 40_000)[0].tolist() == expected[0]
 
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.integers(0, 60), min_size=1, max_size=8))
-    def check(raw: list[int]) -> None:
+
+def test_exhaustive_blends_take_every_sample_once() -> None:
+    native_backend()
+    _C = importlib.import_module("megatron_llm._C")
+
+    def plain(sizes: list[int]) -> list[int]:
+        taken, total, found = [0] * len(sizes), sum(sizes), []
+        for sample in range(total):
+            open_ones = [dataset for dataset, size in enumerate(sizes) if taken[dataset] < size]
+            deficits = [sizes[dataset] / total * max(sample, 1) - taken[dataset] for dataset in open_ones]
+            found.append(open_ones[deficits.index(max(deficits))])
+            taken[found[-1]] += 1
+        return found
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 200)), min_size=1, max_size=8), st.sampled_from([1, 4, 512]))
+    def check(raw: list[int], early: int) -> None:
         sizes = np.array(raw, np.int64)
-        ours, theirs = NUMPY.exhaustive_blend_index(sizes), native.exhaustive_blend_index(sizes)
-        assert ours[0].tolist() == theirs[0].tolist() and ours[1].tolist() == theirs[1].tolist()
-        drawn = sorted(zip(ours[0].tolist(), ours[1].tolist(), strict=True))
-        assert drawn == [(dataset, sample) for dataset, size in enumerate(raw) for sample in range(size)]
+        expected = plain(raw)
+        for datasets, samples in (index_numpy.exhaustive_blend_index(sizes, early), _C.exhaustive_blend_index(sizes, 2, early)):
+            assert datasets.tolist() == expected
+            drawn = sorted(zip(datasets.tolist(), samples.tolist(), strict=True))
+            assert drawn == [(dataset, sample) for dataset, size in enumerate(raw) for sample in range(size)]
 
     check()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 623, 624, 625, 4095, 4097, 65_536, 65_537, 100_003])
+def test_shuffles_equal_numpys_and_leave_the_same_state(count: int) -> None:
+    native = native_backend()
+    for dtype in (np.int32, np.uint32, np.int64):
+        expected, ours = np.random.RandomState(count), np.random.RandomState(count)
+        order = np.arange(count, dtype=dtype)
+        mine = order.copy()
+        for _ in range(3):
+            expected.shuffle(order)
+            native.shuffle(mine, ours)
+        assert np.array_equal(mine, order)
+        assert ours.normal() == expected.normal() and ours.randint(1 << 30) == expected.randint(1 << 30)
+
+
+def test_threads_place_the_same_boundaries() -> None:
+    """More documents than one thread takes at a time, some of them empty."""
+    native = native_backend()
+    random = np.random.default_rng(3)
+    lengths = np.maximum(random.integers(-20, 90, 70_001), 0).astype(np.int32)
+    documents = random.integers(0, len(lengths), 200_003).astype(np.int32)
+    total = int(lengths[documents].sum())
+    for seq_length, extra, samples in ((37, 1, (total - 1) // 37), (64, 0, -(-total // 64)), (1, 1, 1000)):
+        expected = NUMPY.sample_index(lengths, documents, seq_length, samples, extra)
+        for threads in (1, 2, 5):
+            found = IndexBackend(importlib.import_module("megatron_llm._C"), threads=threads).sample_index(
+                lengths, documents, seq_length, samples, extra
+            )
+            assert np.array_equal(found, expected)
+    assert native.threads >= 1
 
 
 def test_native_refuses_what_it_would_misread() -> None:
@@ -193,7 +268,7 @@ def test_too_few_tokens_is_a_sentence_with_the_counts() -> None:
 
 def test_separate_last_epoch_keeps_its_documents_and_samples_last() -> None:
     plan = plan_epochs(101, 10, 17)
-    index = build_sample_index(np.array([50, 51], np.int32), range(0, 2), plan, seed=3, backend=NUMPY)
+    index = dict(build_sample_index(np.array([50, 51], np.int32), range(0, 2), plan, seed=3, backend=NUMPY))
     assert sorted(index["document_index"][:2].tolist()) == sorted(index["document_index"][2:].tolist()) == [0, 1]
     assert sorted(index["shuffle_index"][:10].tolist()) == list(range(10))
     assert sorted(index["shuffle_index"][10:].tolist()) == list(range(10, 20))
@@ -202,7 +277,7 @@ def test_separate_last_epoch_keeps_its_documents_and_samples_last() -> None:
 def test_order_depends_on_the_seed_and_on_nothing_else() -> None:
     def order(seed: int) -> list[int]:
         random = np.random.RandomState(seed)
-        return [*shuffled_documents(range(5, 25), 3, True, random).tolist(), *shuffled_samples(10, 30, random).tolist()]
+        return [*shuffled_documents(range(5, 25), 3, True, random, NUMPY).tolist(), *shuffled_samples(10, 30, random, NUMPY).tolist()]
 
     assert order(1) == order(1) != order(2)
 
@@ -224,7 +299,8 @@ def test_the_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("missing", ["compiler", "pybind11"])
 def test_setup_goes_on_without(missing: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "setup.py", tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "csrc" / "index", tmp_path / "csrc" / "index")  # of the extensions, this one only
+    shutil.copy(ROOT / "csrc" / "index.cpp", tmp_path / "csrc")
     (tmp_path / "megatron_llm").mkdir()
     environment = dict(os.environ)
     if missing == "compiler":

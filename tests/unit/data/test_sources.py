@@ -9,7 +9,7 @@ import zstandard
 
 from megatron_llm.data import sources
 from megatron_llm.data.records import iterate_texts, parse_block
-from megatron_llm.data.sources import Block, Position, find_inputs, read_blocks
+from megatron_llm.data.sources import Block, Position, find_inputs, read_blocks, sample_blocks
 from megatron_llm.utils.errors import UserError
 
 
@@ -74,9 +74,11 @@ def test_blocks_give_every_document_once_from_any_block_on(tmp_path: Path, suffi
     blocks = _blocks(path)
     assert len(blocks) > 20
     assert _texts(blocks) == texts
-    assert blocks[0].first == 1 and blocks[-1].consumed == len(data)
+    assert blocks[0].start == 0 and blocks[-1].consumed == len(data)
+    lines = [parse_block(block, ["text"]).lines for block in blocks]
     for index in (0, 7, len(blocks) - 1):
-        assert _blocks(path, blocks[index].end) == blocks[index + 1 :]
+        place = Position(blocks[index].end, sum(lines[: index + 1]))
+        assert _blocks(path, place) == blocks[index + 1 :]
 
 
 def test_lines_longer_than_a_block(tmp_path: Path) -> None:
@@ -84,7 +86,29 @@ def test_lines_longer_than_a_block(tmp_path: Path) -> None:
     path.write_text("x" * 1000 + "\nshort\n" + "y" * 1000)
     blocks = _blocks(path)
     assert _texts(blocks) == ["x" * 1000, "short", "y" * 1000]
-    assert [(block.first, block.end.line) for block in blocks] == [(1, 1), (2, 2)]  # the last line has no end to count
+    assert [(block.start, block.end) for block in blocks] == [(0, 1001), (1001, 2007)]
+    assert [parse_block(block, ["text"]).lines for block in blocks] == [1, 2]
+
+
+def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("line\n" * 200)
+    blocks = _blocks(path)
+    path.write_text("line\n" * 60)
+    with pytest.raises(UserError, match=r"a\.txt has become shorter while it was read"):
+        _texts(blocks)
+
+
+def test_the_sample_is_spread_over_all_plain_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{i:03d}\n" for i in range(100)))
+    files = find_inputs([str(tmp_path)])
+    texts = [parse_block(block, ["text"]).texts["text"] for block in sample_blocks(files, 50, 25, 5)]
+    assert texts[0] == [f"a{i:03d}" for i in range(10)]
+    assert [part[0] for part in texts[1:]] == ["a051", "b001", "b051", "c001", "c051"]
+    assert all(len(part) == 5 for part in texts[1:])
+    (tmp_path / "small.txt").write_text("x\ny")
+    assert next(sample_blocks(find_inputs([str(tmp_path / "small.txt")]), 50, 25, 5)).read() == b"x\n"
 
 
 BAD_LINES = {
@@ -107,7 +131,11 @@ def test_bad_lines_are_told_with_their_numbers(tmp_path: Path, line: bytes) -> N
     path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good too"}\n')
     blocks = _blocks(path)
     assert _texts(blocks) == ["good", "good too"]
-    bad = [entry for block in blocks for entry in parse_block(block, ["text"]).bad]
+    bad, before = [], 0
+    for block in blocks:
+        records = parse_block(block, ["text"])
+        bad += [(before + number, reason) for number, reason in records.bad]
+        before += records.lines
     assert len(bad) == 1 and bad[0][0] == 2
     with pytest.raises(AssertionError, match=BAD_LINES[line]):
         raise AssertionError(bad[0][1])

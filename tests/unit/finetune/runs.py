@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_llm.finetune.run import finetune, parse_finetune_config
+from megatron_llm.finetune.arguments import parse_finetune_config
+from megatron_llm.finetune.run import finetune
 from tests.families import CASES, write_folder
 from tests.small_tokenizers import TEXTS, byte_level
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_llm.finetune.run import parse_finetune_config
+from megatron_llm.finetune.arguments import parse_finetune_config
 from megatron_llm.utils.errors import UserError
 from tests.families import CASES
 from tests.small_tokenizers import byte_level

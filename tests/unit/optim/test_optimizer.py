@@ -36,7 +36,8 @@ def make(dtype: torch.dtype = torch.float32, config: OptimizerConfig = CONFIG) -
     return model, sync, DistributedOptimizer(sync, config, groups)
 
 
-def set_gradients(model: nn.Module, scale: float, seed: int = 0) -> list[Tensor]:
+def set_gradients(model: nn.Module, sync: GradSync, scale: float, seed: int = 0) -> list[Tensor]:
+    sync.finish()
     generator = torch.Generator().manual_seed(seed)
     found = [torch.randn(p.shape, generator=generator) * scale for p in model.parameters()]
     for parameter, gradient in zip(model.parameters(), found, strict=True):
@@ -52,7 +53,7 @@ def test_equals_torch_adamw_with_clipping(scale: float) -> None:
     reference = torch.optim.AdamW(torch_groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     for step in range(4):
         sync.zero_grad()
-        for copy, gradient in zip(copies, set_gradients(model, scale, step), strict=True):
+        for copy, gradient in zip(copies, set_gradients(model, sync, scale, step), strict=True):
             copy.grad = gradient
         norm = float(torch.nn.utils.clip_grad_norm_(copies, CONFIG.clip_grad))
         for group in reference.param_groups:
@@ -77,11 +78,11 @@ def test_loss_scale_is_taken_out_before_the_norm_and_the_update() -> None:
     results = []
     for config, factor in ((plain, 1.0), (scaled, 1024.0)):
         # fp16 parameters need scaling; the values must fit fp16's range either way
-        model, _, optimizer = make(torch.float16 if factor > 1 else torch.float32, config)
+        model, sync, optimizer = make(torch.float16 if factor > 1 else torch.float32, config)
         for segment in optimizer.segments():
             segment.tensors["main"].fill_(1.0)
         optimizer.after_load()
-        set_gradients(model, factor)
+        set_gradients(model, sync, factor)
         assert optimizer.loss_scale == factor
         norm = optimizer.step(0.1).grad_norm
         results.append((norm, [s.tensors["main"].clone() for s in optimizer.segments()]))
@@ -91,7 +92,8 @@ def test_loss_scale_is_taken_out_before_the_norm_and_the_update() -> None:
 
 
 def test_static_scale_skips_on_overflow() -> None:
-    model, _, optimizer = make(torch.float16, OptimizerConfig(loss_scale=4.0))
+    model, sync, optimizer = make(torch.float16, OptimizerConfig(loss_scale=4.0))
+    sync.finish()
     before = [p.detach().clone() for p in model.parameters()]
     model.norm.main_grad[2] = float("inf")  # type: ignore[union-attr, index]
     result = optimizer.step(0.1)
@@ -103,7 +105,8 @@ def test_static_scale_skips_on_overflow() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_without_scaling_a_gradient_that_is_not_finite_is_fatal_and_named(dtype: torch.dtype, value: float) -> None:
-    model, _, optimizer = make(dtype)
+    model, sync, optimizer = make(dtype)
+    sync.finish()
     model.second.main_grad[4, 1] = value  # type: ignore[union-attr, index]
     with pytest.raises(UserError, match=r"second on rank 0 .*lower lr"):
         optimizer.step(0.1)
@@ -135,7 +138,7 @@ def test_runs_are_cut_where_the_decay_changes(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("value", [1e-3, 1.0, 1e15, 1e25], ids=str)
 def test_norm_is_exact_also_where_squares_do_not_fit_fp32(value: float) -> None:
     model, sync, _ = make()
-    set_gradients(model, value)
+    set_gradients(model, sync, value)
     whole = torch.cat([p.main_grad.flatten() for p in model.parameters()]).double()  # type: ignore[attr-defined]
     assert GradNorm(sync, single_process_groups()).compute() == pytest.approx(float(whole.norm()), rel=1e-6)
 
@@ -176,19 +179,19 @@ def test_clip_factor(norm: float, limit: float, factor: float) -> None:
 
 
 def test_state_dict_is_plain_and_continues_the_bias_correction() -> None:
-    model, _, optimizer = make()
+    model, sync, optimizer = make()
     for _ in range(3):
-        set_gradients(model, 1.0)
+        set_gradients(model, sync, 1.0)
         optimizer.step(0.01)
     state = optimizer.state_dict()
     assert state == {"step": 3, "loss_scaler": {"kind": "static"}}
-    other_model, _, other = make()
+    other_model, other_sync, other = make()
     for source, target in zip(optimizer.segments(), other.segments(), strict=True):
         for name, tensor in target.tensors.items():
             tensor.copy_(source.tensors[name])
     other.load_state_dict(state)
     other.after_load()
-    for m, o in ((model, optimizer), (other_model, other)):
-        set_gradients(m, 1.0, seed=9)
+    for m, s, o in ((model, sync, optimizer), (other_model, other_sync, other)):
+        set_gradients(m, s, 1.0, seed=9)
         o.step(0.01)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_llm.parallel.buffers import ALIGNMENT, Bucket, build_buckets
-from megatron_llm.parallel.grad_sync import _PIECE, GradSync
+from megatron_llm.kernels.reference import _PIECE
+from megatron_llm.parallel.buffers import ALIGNMENT, Bucket, build_buckets, main_grad
+from megatron_llm.parallel.grad_sync import GradSync
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import Group, ParallelGroups, single_group, single_process_groups
 from megatron_llm.parallel.placement import Part, Placement, get_placement, set_placement
@@ -102,17 +103,18 @@ def backward(value: nn.Parameter, gradient: Tensor) -> None:
     (value.float() * gradient).sum().backward()
 
 
-def test_fp32_gradients_are_the_buffer_itself() -> None:
-    value = parameter("a", (3, 5))
-    sync = GradSync([module(value)], single_process_groups(), shard=True, overlap=True, bucket_size=100)
-    for _ in range(2):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_of_the_step_before_is_left(dtype: torch.dtype) -> None:
+    used, unused = parameter("a", (3, 5), dtype), parameter("b", (7, 2), dtype)
+    sync = GradSync([module(used, unused)], single_process_groups(), shard=True, overlap=True, bucket_size=1000)
+    for trained in (used, unused, used):
         sync.zero_grad()
-        backward(value, torch.ones(3, 5))
-        backward(value, torch.full((3, 5), 2.0))
-        assert value.grad is value.main_grad  # type: ignore[attr-defined]
+        backward(trained, torch.ones(trained.shape))
+        backward(trained, torch.full(trained.shape, 2.0))
         sync.finish()
-        assert torch.equal(sync.buckets[0].grads[:15], torch.full((15,), 3.0))
-        assert value.grad is not None and value.grad.data_ptr() == sync.buckets[0].grads.data_ptr()
+        for value in (used, unused):
+            assert value.grad is None
+            assert torch.equal(main_grad(value), torch.full(value.shape, 3.0 if value is trained else 0.0))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, _PIECE // 2 + 1)], ids=["small", "in-pieces"])

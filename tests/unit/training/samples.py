@@ -28,6 +28,7 @@ def metrics(step: int, **changes: Any) -> StepMetrics:
         skipped=False,
         tokens=1000,
         seconds=0.5,
+        data_wait=0.002,
         consumed_samples=8 * step,
         tokens_per_second=2000.0,
         mfu=0.25,

@@ -63,9 +63,14 @@ def test_console_line() -> None:
     console.step(2, seconds=1.5, tokens=3000, mfu=0.05)
     console.step(3, seconds=0.25)
     console.step(4, seconds=0.75, loss_scale=1024.0, skipped=True)
-    assert console.lines[0] == "step  1/10 | loss  4.900 | lr 1.00e-03 | grad norm 1.250 | 2 k tokens/s | MFU 25.0 % | 500 ms/step"
-    assert console.lines[1].endswith("| 2 k tokens/s | MFU 5.0 % | 1.50 s/step | ETA 16.0 s")
-    assert console.lines[2].endswith("| 2 k tokens/s | MFU 25.0 % | 500 ms/step | loss scale 1024 | 1 skipped (overflow) | ETA 12.0 s")
+    assert (
+        console.lines[0]
+        == "step  1/10 | loss  4.900 | lr 1.00e-03 | grad norm 1.250 | 2 k tokens/s | MFU 25.0 % | 500 ms/step | data wait 2 ms"
+    )
+    assert console.lines[1].endswith("| 2 k tokens/s | MFU 5.0 % | 1.50 s/step | data wait 2 ms | ETA 16.0 s")
+    assert console.lines[2].endswith(
+        "| 2 k tokens/s | MFU 25.0 % | 500 ms/step | data wait 2 ms | loss scale 1024 | 1 skipped (overflow) | ETA 12.0 s"
+    )
 
 
 def test_an_unknown_loss_is_never_a_number() -> None:

@@ -1,0 +1,135 @@
+// What works on flat buffers: AdamW, sums of squares, accumulation of gradients. Part of a variant; see vectors.h.
+
+struct AdamWState {
+  Floats main, exp_avg, exp_avg_sq;
+};
+
+// AdamW (Loshchilov and Hutter 2019) in the order of operations, and with the fused roundings, of torch.optim.AdamW(fused=True)
+// on processors that have them, so that results are the same to the last bit.
+INLINE AdamWState update_adamw(const AdamW& work, AdamWState state, Floats grad) {
+  grad *= work.grad_scale;
+  const Floats difference = grad - state.exp_avg;
+  const bool from_average = work.average_step < 0.5f;  // linear interpolation starts at the nearer end
+  state.exp_avg = multiply_add(
+      all(from_average ? work.average_step : work.average_step - 1.0f), difference, from_average ? state.exp_avg : grad);
+  state.exp_avg_sq = multiply_add(work.square_step * grad, grad, state.exp_avg_sq * work.beta2);
+  const Floats denominator = square_root(state.exp_avg_sq) / work.root_correction + work.epsilon;
+  state.main = state.main * work.decay - work.step_size * state.exp_avg / denominator;
+  return state;
+}
+
+// `Rounded` is Float32 where no rounded copy is wanted.
+template <typename Grad, typename Rounded>
+static void adamw(const AdamW& work, int64_t begin, int64_t end) {
+  constexpr bool round = sizeof(typename Rounded::Stored) == 2;
+  const auto* grad = static_cast<const typename Grad::Stored*>(work.grad);
+  auto* rounded = static_cast<typename Rounded::Stored*>(work.rounded);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    AdamWState state{
+        Float32::load_vector(work.main + i), Float32::load_vector(work.exp_avg + i), Float32::load_vector(work.exp_avg_sq + i)};
+    state = update_adamw(work, state, Grad::load_vector(grad + i));
+    Float32::store_vector(work.main + i, state.main);
+    Float32::store_vector(work.exp_avg + i, state.exp_avg);
+    Float32::store_vector(work.exp_avg_sq + i, state.exp_avg_sq);
+    if (round) Rounded::store_vector(rounded + i, state.main);
+  }
+  if (const int64_t left = end - i; left > 0) {
+    AdamWState state{
+        load_part<Float32>(work.main + i, left, 0.0f),
+        load_part<Float32>(work.exp_avg + i, left, 0.0f),
+        load_part<Float32>(work.exp_avg_sq + i, left, 0.0f)};
+    state = update_adamw(work, state, load_part<Grad>(grad + i, left, 0.0f));
+    store_part<Float32>(work.main + i, left, state.main);
+    store_part<Float32>(work.exp_avg + i, left, state.exp_avg);
+    store_part<Float32>(work.exp_avg_sq + i, left, state.exp_avg_sq);
+    if (round) store_part<Rounded>(rounded + i, left, state.main);
+  }
+}
+
+INLINE void add_squares(Floats x, Doubles& low, Doubles& high) {
+  HalfFloats half[2];
+  __builtin_memcpy(half, &x, sizeof(x));
+  const Doubles first = __builtin_convertvector(half[0], Doubles), second = __builtin_convertvector(half[1], Doubles);
+  low = multiply_add(first, first, low);
+  high = multiply_add(second, second, high);
+}
+
+// In fp64 throughout: no square overflows, and the sum of a whole buffer is good to 15 digits.
+template <typename Type>
+static double sum_of_squares(const void* flat, int64_t count) {
+  const auto* from = static_cast<const typename Type::Stored*>(flat);
+  Doubles sums[4] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    add_squares(Type::load_vector(from + i), sums[0], sums[1]);
+    add_squares(Type::load_vector(from + i + kLanes), sums[2], sums[3]);
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t left = count - i;
+    add_squares(left >= kLanes ? Type::load_vector(from + i) : load_part<Type>(from + i, left, 0.0f), sums[0], sums[1]);
+  }
+  const Doubles sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes / 2; ++lane) total += sum[lane];
+  return total;
+}
+
+template <typename Type>
+static void accumulate(float* total, const void* addend, int64_t count) {
+  const auto* from = static_cast<const typename Type::Stored*>(addend);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    Float32::store_vector(total + i, Float32::load_vector(total + i) + Type::load_vector(from + i));
+  if (const int64_t left = count - i; left > 0)
+    store_part<Float32>(total + i, left, load_part<Float32>(total + i, left, 0.0f) + load_part<Type>(from + i, left, 0.0f));
+}
+
+// kLanes vectors as the rows of a matrix, to the vectors that are its columns: each round of interleaving the first half
+// with the second turns one bit of the place.
+INLINE void transpose(Floats (&rows)[kLanes]) {
+  const Ints low = interleave_mask(0), high = interleave_mask(kLanes / 2);
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Floats turned[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
+  }
+}
+
+// Blocks of kLanes x kLanes, in an order that uses whole cache lines on both sides; what is left over element by element.
+template <typename Type>
+static void accumulate_transposed(
+    float* total, const void* addend, int64_t columns, int64_t stride, int64_t begin, int64_t end, bool overwrite) {
+  constexpr int64_t kTile = 64;
+  const auto* from = static_cast<const typename Type::Stored*>(addend);
+  const int64_t whole_columns = columns / kLanes * kLanes;
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t last = end - tile < kTile ? end : tile + kTile, whole = tile + (last - tile) / kLanes * kLanes;
+    for (int64_t column = 0; column < whole_columns; column += kLanes) {
+      for (int64_t row = tile; row < whole; row += kLanes) {
+        Floats block[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) block[j] = Type::load_vector(from + (column + j) * stride + row);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          float* to = total + (row + i) * columns + column;
+          Float32::store_vector(to, overwrite ? block[i] : Float32::load_vector(to) + block[i]);
+        }
+      }
+    }
+    for (int64_t row = tile; row < last; ++row) {
+      for (int64_t column = row < whole ? whole_columns : 0; column < columns; ++column) {
+        float* to = total + row * columns + column;
+        const float added = Type::load(from + column * stride + row);
+        *to = overwrite ? added : *to + added;
+      }
+    }
+  }
+}
