@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5, help="of each, after one that warms up (default: 5)")
     parser.add_argument("--folder", help="where to write (default: a temporary folder, removed at the end)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args()
     parts, rows = core_parts(), []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -277,12 +277,12 @@ def main() -> None:
         if "large" in options.parts:
             rows += large_rows(options.large_documents, options.seq_length, folder)
     backend = load_backend()
-    if options.json:
-        print(json.dumps({"backend": backend.name, "threads": backend.threads, "rows": [asdict(row) for row in rows]}))
-    else:
-        print(f"{backend.describe()}, {backend.threads} thread(s)\n\n{HEADER}")
-        for row in rows:
-            print(row.table())
+    print(f"{backend.describe()}, {backend.threads} thread(s)\n\n{HEADER}")
+    for row in rows:
+        print(row.table())
+    if options.json is not None:
+        document = {"backend": backend.name, "threads": backend.threads, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

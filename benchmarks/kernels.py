@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_llm.kernels import fused, native, reference
+from megatron_llm.kernels.attention import attention
 from megatron_llm.utils.errors import UserError, run_command
 
 SEQUENCE, BATCH, HIDDEN, FFN, VOCAB, HEADS, HEAD = 256, 8, 512, 1376, 32000, 8, 64
@@ -92,10 +93,13 @@ def layer_cases(dtype: torch.dtype) -> list[Case]:
     gate, up = (half.detach().requires_grad_() for half in random(*tokens, 2 * FFN).chunk(2, -1))
     norm = (random(*tokens, HIDDEN).requires_grad_(), random(HIDDEN).requires_grad_(), 1e-6)
     turned = random(BATCH, HEADS, SEQUENCE, HEAD).permute(2, 0, 1, 3)  # as attention returns it
+    projected = [random(*tokens, HEADS, HEAD).permute(1, 2, 0, 3).requires_grad_() for _ in range(3)]
+    mixed = random(*tokens, HEADS, HEAD).permute(1, 2, 0, 3)
     return [
         Case("rms_norm", fused.rms_norm, reference.rms_norm, norm, random(*tokens, HIDDEN)),
         Case("rotary", fused.rotary, reference.rotary, (heads, *tables), turned),
         Case("rotary_interleaved", fused.rotary_interleaved, reference.rotary_interleaved, (heads, *tables), turned),
+        Case("attention", attention, reference.attention, (*projected, None, 0.0), mixed),
         Case("swiglu", fused.swiglu, reference.swiglu, (gate, up), random(*tokens, FFN)),
     ]
 

@@ -23,7 +23,7 @@ from megatron_llm.parallel.failure import PhaseTracker
 from megatron_llm.parallel.groups import ParallelGroups
 from megatron_llm.training.engine import NativeEngine
 from megatron_llm.training.pretrain import count_parameters
-from megatron_llm.training.session import Launch, choose_device, distributed
+from megatron_llm.training.session import Launch, choose_device, distributed, tune_process
 
 
 def configuration(work: Workload, flags: Sequence[str], world_size: int) -> RunConfig:
@@ -82,10 +82,10 @@ def main() -> None:
     """Serve steps."""
     answers = claim_stdout()
     work, settings = Workload.from_json(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(settings["threads"])
     launch = Launch.from_environment(os.environ)
-    config = configuration(work, settings.get("flags", []), launch.world_size)
+    config = configuration(work, [*settings.get("flags", []), "--num-threads", str(settings["threads"])], launch.world_size)
     device = choose_device(config.parallel, launch)
+    tune_process(config, launch, device)
     with distributed(config.parallel, launch, device, PhaseTracker()) as groups:
         engine = NativeEngine(config, get_family(config.model.model), groups)
         step = step_of(engine, work, micro_batches(work, groups))

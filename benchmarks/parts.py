@@ -93,16 +93,14 @@ def comparisons_in(name: str, document: Any) -> list[Comparison] | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a part is started: its interpreter, options of its own, and whether it prints its JSON instead of writing it."""
+    """How a part is started: its interpreter and options of its own."""
 
     python: str = sys.executable
     options: tuple[str, ...] = ()
-    prints: bool = False
 
     def command(self, name: str, result: Path, more: Sequence[str]) -> list[str]:
-        """The whole command; `result` is where the JSON goes, unless it is printed."""
-        where = ["--json"] if self.prints else ["--json", str(result)]
-        return [self.python, "-m", f"benchmarks.{name}", *where, *self.options, *more]
+        """The whole command; `result` is where the JSON goes."""
+        return [self.python, "-m", f"benchmarks.{name}", "--json", str(result), *self.options, *more]
 
 
 def launch_of(name: str) -> Launch:
@@ -112,5 +110,5 @@ def launch_of(name: str) -> Launch:
         return Launch(options=("--peer-python", str(peer)))
     if name == "data_index":
         beside = importlib.util.find_spec("megatron") is not None
-        return Launch(python=sys.executable if beside or not peer.exists() else str(peer), prints=True)
+        return Launch(python=sys.executable if beside or not peer.exists() else str(peer))
     return Launch()

@@ -3,6 +3,7 @@
     python -m benchmarks.run                                  all parts, into bench_results/
     python -m benchmarks.run --parts limits train_step        some
     python -m benchmarks.run --parts train_step -- --precision bf16 --threads 1    with options for that part
+    python -m benchmarks.run --keep                           all parts, but not those whose figures lie in bench_results/ already
 
 Each part is a program of its own (`python -m benchmarks.PART --help`) that writes a JSON file; they are called one after
 the other, so that nothing else runs while one measures, and their files are merged. A part or a peer that does not run
@@ -38,11 +39,13 @@ class Part:
     failure: str | None = None
 
 
-def run_part(name: str, folder: Path, options: Sequence[str]) -> Part:
-    """Run one part to its end; what it prints is shown as it comes and kept in FOLDER/NAME.txt."""
+def run_part(name: str, folder: Path, options: Sequence[str], *, keep: bool) -> Part:
+    """Run one part to its end; what it prints is shown as it comes and kept in FOLDER/NAME.txt. `keep`: unless it has run."""
     if not (ROOT / "benchmarks" / f"{name}.py").exists():
         return Part(name, failure="benchmarks has no such file here")
     result, text = folder / f"{name}.json", folder / f"{name}.txt"
+    if keep and result.exists() and text.exists():
+        return read_part(name, json.loads(result.read_text(encoding="utf-8")), text.read_text(encoding="utf-8"))
     result.unlink(missing_ok=True)
     launch, lines = launch_of(name), []
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -50,15 +53,12 @@ def run_part(name: str, folder: Path, options: Sequence[str]) -> Part:
     with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None, "made with a pipe"
         for line in process.stdout:
-            if not launch.prints:
-                print(line, end="", flush=True)
+            print(line, end="", flush=True)
             lines.append(line)
     printed = "".join(lines)
     write_text(text, printed)
     if process.returncode != 0:
         return Part(name, printed=printed, failure=f"it ended with exit status {process.returncode}; what it said is above")
-    if launch.prints:
-        return read_part(name, json.loads(lines[-1]), "")
     if not result.exists():
         return Part(name, printed=printed, failure="it wrote no JSON file")
     return read_part(name, json.loads(result.read_text(encoding="utf-8")), printed)
@@ -105,6 +105,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
     made.add_argument("--output", type=Path, default=ROOT / "bench_results", help="folder of the results (default: bench_results)")
+    made.add_argument("--keep", action="store_true", help="take the figures of parts that have run before from the folder of the results")
     made.add_argument("options", nargs="*", help="after --: options of the part, when there is only one")
     chosen = made.parse_args()
     if chosen.options and len(chosen.parts) > 1:
@@ -115,7 +116,7 @@ def main() -> None:
     with Progress("benchmark", len(chosen.parts), unit="parts") as progress:
         for name in chosen.parts:
             print(f"\n# {name}\n", flush=True)
-            parts.append(run_part(name, chosen.output, chosen.options))
+            parts.append(run_part(name, chosen.output, chosen.options, keep=chosen.keep))
             write_results(chosen.output, parts, stamped)
             progress.advance()
     compared = [one for part in parts for one in part.comparisons]

@@ -35,7 +35,10 @@ OURS: dict[str, dict[str, tuple[str, ...]]] = {
         "TP2 + SP": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     },
     "dp2": {"DP2": ()},
-    "pp2": {"PP2": ("--pipeline-model-parallel-size", "2")},
+    "pp2": {
+        "PP2": ("--pipeline-model-parallel-size", "2"),
+        "PP2, 2 layers last": ("--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "2"),
+    },
 }
 # What megatron-core and DeepSpeed are tried with.
 MEGATRON: dict[str, dict[str, dict[str, Any]]] = {
@@ -46,7 +49,7 @@ MEGATRON: dict[str, dict[str, dict[str, Any]]] = {
         "DP2, distributed optimizer, overlap": {"distributed_optimizer": True, "overlap": True},
         "DP2, fused": {"fused": True},
     },
-    "pp2": {"PP2": {"pp": 2}, "PP2, fused": {"pp": 2, "fused": True}},
+    "pp2": {"PP2": {"pp": 2}, "PP2, fused": {"pp": 2, "fused": True}, "PP2, 2 layers last": {"pp": 2, "last_layers": 2}},
 }
 DEEPSPEED: dict[str, dict[str, dict[str, Any]]] = {
     "tp2": {},

@@ -59,6 +59,7 @@ def transformer_config(work: Workload, settings: dict[str, Any]) -> TransformerC
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=settings.get("tp", 1),
         pipeline_model_parallel_size=settings.get("pp", 1),
+        num_layers_in_last_pipeline_stage=settings.get("last_layers"),
         sequence_parallel=settings.get("sequence_parallel", False),
         batch_p2p_comm=False,
         finalize_model_grads_func=finalize_model_grads,
