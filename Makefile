@@ -1,6 +1,6 @@
 # The steps of CI, each by its name. `make` alone lists them; `make ci` runs all of them, as .ci/run does.
 VENV ?= .venv
-SCRIPTS := $(wildcard *.sh) $(wildcard examples/*/*.sh) $(wildcard benchmarks/*/*.sh)
+SCRIPTS := $(wildcard *.sh) $(wildcard tools/*.sh) $(wildcard examples/*/*.sh) $(wildcard benchmarks/*/*.sh)
 # Options of benchmarks/run.py, for example BENCH_ARGS="--parts limits train_step".
 BENCH_ARGS ?=
 

@@ -11,6 +11,8 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tools/script_common.sh
+. "$HERE/tools/script_common.sh"
 
 BASE=${BASE:-}                       # Hugging Face folder or checkpoint; empty: the folder that the first adapter names
 ADAPTERS=${ADAPTERS:-}               # adapter folders of peft, separated by spaces, merged in this order
@@ -18,7 +20,7 @@ WEIGHTS=${WEIGHTS:-}                 # a number for each adapter; empty: 1 each
 SAVE=${SAVE:-}                       # folder to make; empty: hf_ckpt beside the last adapter
 DTYPE=${DTYPE:-}                     # float32, bfloat16 or float16; empty: as the base's
 MAX_SHARD_SIZE=${MAX_SHARD_SIZE:-5GB} # size of one file of weights at most
-VERIFY=${VERIFY:-1}                  # 1 compares logits with base and adapters (needs the model twice in memory, in fp32); 0 does not
+VERIFY=${VERIFY:-1}                  # 1 compares logits with base and adapters, layer by layer where that can be done; 0 does not
 OVERWRITE=${OVERWRITE:-0}            # 1 replaces SAVE even when it holds something else than an earlier merge
 
 # This script
@@ -26,44 +28,11 @@ DRY_RUN=${DRY_RUN:-0}                # 1 prints the command
 VENV=${VENV:-"$HERE/.venv"}          # environment; made by run_install_environment.sh when it is not there
 # ---- end of settings ----
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
-
-# one_of NAME VALUE ALLOWED...
-one_of() {
-    name=$1 value=$2
-    shift 2
-    for allowed in "$@"; do
-        [ "$value" != "$allowed" ] || return 0
-    done
-    fail "$name is '$value', but it must be one of: $*"
-}
-
-# Prints a command so that it can be pasted into a shell.
-show() {
-    line=''
-    for word in "$@"; do
-        case $word in
-        *[!A-Za-z0-9_./:=,@%+-]* | '') word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
-        esac
-        line="$line $word"
-    done
-    echo "${line# }"
-}
-
-case " $* " in
-*' --help '* | *' -h '*)
-    sed -n '2,/^# ---- end of settings/p' "$0" | grep -v -e '^set -eu' -e '^HERE=' -e '---- end'
-    echo "# Flags of tools/merge_lora.py: $VENV/bin/python $HERE/tools/merge_lora.py --help"
-    exit 0
-    ;;
-esac
-one_of DRY_RUN "$DRY_RUN" 0 1
-one_of VERIFY "$VERIFY" 0 1
-one_of OVERWRITE "$OVERWRITE" 0 1
-one_of DTYPE "$DTYPE" '' float32 bfloat16 float16
+help_of tools/merge_lora.py "$@"
+one_of DRY_RUN 0 1
+one_of VERIFY 0 1
+one_of OVERWRITE 0 1
+one_of DTYPE '' float32 bfloat16 float16
 
 # The last adapter: of the variable, or of the arguments, which come after it.
 last='' previous=''
@@ -99,10 +68,5 @@ for adapter in $reversed; do
 done
 [ -z "$BASE" ] || set -- --base "$BASE" "$@"
 
-set -- "$VENV/bin/python" "$HERE/tools/merge_lora.py" "$@"
-if [ "$DRY_RUN" = 1 ]; then
-    show "$@"
-    exit 0
-fi
-VENV=$VENV sh "$HERE/run_install_environment.sh"
-exec "$@"
+make_environment
+finish "$VENV/bin/python" "$HERE/tools/merge_lora.py" "$@"

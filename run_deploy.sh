@@ -13,6 +13,8 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tools/script_common.sh
+. "$HERE/tools/script_common.sh"
 
 # Model
 MODEL=${MODEL:-}                     # Hugging Face folder, checkpoint or folder of them, or LoRA adapter whose base is here
@@ -35,7 +37,7 @@ ENDPOINTS=${ENDPOINTS:-}             # other OpenAI-style servers for the chat p
 MAX_PROMPT_TOKENS=${MAX_PROMPT_TOKENS:-} # longest prompt; empty: what the model's context leaves
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-1024}   # longest answer
 MAX_BODY_BYTES=${MAX_BODY_BYTES:-1048576} # largest request
-MAX_RUNNING=${MAX_RUNNING:-16}       # answers computed at once
+MAX_RUNNING=${MAX_RUNNING:-32}       # answers computed at once
 MAX_WAITING=${MAX_WAITING:-64}       # answers that may wait for that
 MAX_SECONDS=${MAX_SECONDS:-600}      # time for a request, waiting included
 
@@ -44,72 +46,28 @@ DRY_RUN=${DRY_RUN:-0}                # 1 prints the command
 VENV=${VENV:-"$HERE/.venv"}          # environment; made by run_install_environment.sh when it is not there
 # ---- end of settings ----
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
-
-# whole NAME VALUE LEAST: VALUE is empty or a whole number from LEAST on.
-whole() {
-    case $2 in
-    '') return ;;
-    *[!0-9]*) ;;
-    *) [ "$2" -lt "$3" ] || return 0 ;;
-    esac
-    fail "$1 is '$2', but it must be a whole number, at least $3"
-}
-
-one_of() {
-    name=$1 value=$2
-    shift 2
-    for allowed in "$@"; do
-        [ "$value" != "$allowed" ] || return 0
-    done
-    fail "$name is '$value', but it must be one of: $*"
-}
-
-# Prints a command so that it can be pasted into a shell.
-show() {
-    line=''
-    for word in "$@"; do
-        case $word in
-        *[!A-Za-z0-9_./:=,@%+-]* | '') word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
-        esac
-        line="$line $word"
-    done
-    echo "${line# }"
-}
-
-usage() {
-    sed -n '2,/^# ---- end of settings/p' "$0" | grep -v -e '^set -eu' -e '^HERE=' -e '---- end'
-    echo "# Flags of tools/serve.py: $VENV/bin/python $HERE/tools/serve.py --help"
-}
-
-case " $* " in
-*' --help '* | *' -h '*)
-    usage
-    exit 0
-    ;;
-esac
+help_of tools/serve.py "$@"
 model_given=$MODEL
 for argument in "$@"; do
     case $argument in --model | --model=*) model_given=$argument ;; esac
 done
 [ -n "$model_given" ] || fail "MODEL is empty, so there is nothing to serve: MODEL=folder sh run_deploy.sh (--help shows all settings)"
 [ -z "$MODEL" ] || [ -d "$MODEL" ] || [ "$DRY_RUN" = 1 ] || fail "MODEL is '$MODEL', but there is no such folder"
-one_of DRY_RUN "$DRY_RUN" 0 1
-one_of ENGINE "$ENGINE" auto transformers vllm
-one_of DTYPE "$DTYPE" auto float32 bfloat16 float16
-one_of QUANTIZE "$QUANTIZE" none int8 int4
-whole PORT "$PORT" 0
-whole MAX_PROMPT_TOKENS "$MAX_PROMPT_TOKENS" 1
-whole MAX_NEW_TOKENS "$MAX_NEW_TOKENS" 1
-whole MAX_BODY_BYTES "$MAX_BODY_BYTES" 1
-whole MAX_RUNNING "$MAX_RUNNING" 1
-whole MAX_WAITING "$MAX_WAITING" 0
-whole MAX_SECONDS "$MAX_SECONDS" 1
-python="$VENV/bin/python"
-[ "$DRY_RUN" = 1 ] || [ -x "$python" ] || VENV=$VENV EXTRAS="${EXTRAS:-dev,serve,finetune}" sh "$HERE/run_install_environment.sh"
+one_of DRY_RUN 0 1
+one_of ENGINE auto transformers vllm
+one_of DTYPE auto float32 bfloat16 float16
+one_of QUANTIZE none int8 int4
+whole PORT 0
+whole MAX_PROMPT_TOKENS 1
+whole MAX_NEW_TOKENS 1
+whole MAX_BODY_BYTES 1
+whole MAX_RUNNING 1
+whole MAX_WAITING 0
+whole MAX_SECONDS 1
+if [ ! -x "$VENV/bin/python" ]; then
+    export EXTRAS="${EXTRAS:-dev,serve,finetune}"
+    make_environment
+fi
 
 # The flags, last to first: each goes before those that are there, and of two the last one counts.
 [ "$QUANTIZE" = none ] || set -- --quantize "$QUANTIZE" "$@"
@@ -127,9 +85,4 @@ set -- --engine "$ENGINE" --host "$HOST" --port "$PORT" "$@"
 # shellcheck disable=SC2086 # adapters are separate words
 [ -z "$ADAPTER" ] || set -- --adapter $ADAPTER "$@"
 [ -z "$MODEL" ] || set -- --model "$MODEL" "$@"
-
-if [ "$DRY_RUN" = 1 ]; then
-    show "$python" "$HERE/tools/serve.py" "$@"
-else
-    exec "$python" "$HERE/tools/serve.py" "$@"
-fi
+finish "$VENV/bin/python" "$HERE/tools/serve.py" "$@"

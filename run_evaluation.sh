@@ -12,6 +12,8 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tools/script_common.sh
+. "$HERE/tools/script_common.sh"
 
 CONFIG=${CONFIG:-"$HERE/examples/evaluation.yaml"} # models and tasks
 MODELS=${MODELS:-}                # "name=folder name=folder+adapter", in place of the models of CONFIG
@@ -25,32 +27,10 @@ DRY_RUN=${DRY_RUN:-0}             # 1 prints the command
 VENV=${VENV:-"$HERE/.venv"}       # environment; made by run_install_environment.sh when it is not there
 # ---- end of settings ----
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
-
-# Prints a command so that it can be pasted into a shell.
-show() {
-    line=''
-    for word in "$@"; do
-        case $word in
-        *[!A-Za-z0-9_./:=,@%+-]* | '') word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
-        esac
-        line="$line $word"
-    done
-    echo "${line# }"
-}
-
-case " $* " in
-*' --help '* | *' -h '*)
-    sed -n '2,/^# ---- end of settings/p' "$0" | grep -v -e '^set -eu' -e '^HERE=' -e '---- end'
-    exit 0
-    ;;
-esac
-case $DRY_RUN in 0 | 1) ;; *) fail "DRY_RUN is '$DRY_RUN', but it must be 0 or 1" ;; esac
-[ -f "$CONFIG" ] || fail "CONFIG names the file '$CONFIG', which does not exist"
-[ "$DRY_RUN" = 1 ] || VENV=$VENV sh "$HERE/run_install_environment.sh"
+help_of tools/evaluate.py "$@"
+one_of DRY_RUN 0 1
+file_of CONFIG
+make_environment
 
 # Last to first: each goes before those that are there, and of two the last one counts.
 [ -z "$LIMIT" ] || set -- --limit "$LIMIT" "$@"
@@ -63,9 +43,4 @@ case $DRY_RUN in 0 | 1) ;; *) fail "DRY_RUN is '$DRY_RUN', but it must be 0 or 1
 for model in $MODELS; do
     set -- "$@" --model "$model"
 done
-set -- "$VENV/bin/python" "$HERE/tools/evaluate.py" --config "$CONFIG" "$@"
-if [ "$DRY_RUN" = 1 ]; then
-    show "$@"
-    exit 0
-fi
-exec "$@"
+finish "$VENV/bin/python" "$HERE/tools/evaluate.py" --config "$CONFIG" "$@"

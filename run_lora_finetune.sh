@@ -14,12 +14,8 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-
-# setting NAME DEFAULT: keeps what the caller gave. The default gives way to a CONFIG file, where there is one.
-setting() {
-    eval "$1=\${$1:-}"
-    [ -n "${CONFIG:-}" ] || eval "[ -n \"\$$1\" ] || $1=\$2"
-}
+# shellcheck source=tools/script_common.sh
+. "$HERE/tools/script_common.sh"
 
 # What is trained on what
 CONFIG=${CONFIG:-}                   # YAML file of any flags of tools/finetune.py
@@ -72,70 +68,20 @@ DRY_RUN=${DRY_RUN:-0}                # 1 prints the commands
 VENV=${VENV:-"$HERE/.venv"}          # environment; made by run_install_environment.sh when it is not there
 # ---- end of settings ----
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
-
-# whole NAME VALUE LEAST: VALUE is empty or a whole number from LEAST on.
-whole() {
-    case $2 in
-    '') return ;;
-    *[!0-9]*) ;;
-    *) [ "$2" -lt "$3" ] || return 0 ;;
-    esac
-    fail "$1 is '$2', but it must be a whole number, at least $3"
-}
-
-one_of() {
-    name=$1 value=$2
-    shift 2
-    for allowed in "$@"; do
-        [ "$value" != "$allowed" ] || return 0
-    done
-    fail "$name is '$value', but it must be one of: $*"
-}
-
-# Prints a command so that it can be pasted into a shell.
-show() {
-    line=''
-    for word in "$@"; do
-        case $word in
-        *[!A-Za-z0-9_./:=,@%+-]* | '') word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
-        esac
-        line="$line $word"
-    done
-    echo "${line# }"
-}
-
-count_gpus() {
-    if [ "$DEVICE" = cpu ] || ! command -v nvidia-smi >/dev/null 2>&1; then
-        echo 0
-    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .
-    else
-        nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
-    fi
-}
-
 check_settings() {
-    one_of DRY_RUN "$DRY_RUN" 0 1
-    one_of DEVICE "$DEVICE" auto cuda cpu
-    one_of METHOD "$METHOD" '' lora full freeze embeddings
-    one_of STAGE "$STAGE" '' sft pt
-    one_of QUANTIZE "$QUANTIZE" '' none int8 nf4 fp4
-    one_of PRECISION "$PRECISION" '' auto fp32 bf16 fp16
-    whole NPROC "$NPROC" 1
-    whole NNODES "$NNODES" 1
-    whole NODE_RANK "$NODE_RANK" 0
-    whole MICRO_BATCH "$MICRO_BATCH" 1
-    whole GLOBAL_BATCH "$GLOBAL_BATCH" 1
-    whole TRAIN_ITERS "$TRAIN_ITERS" 1
-    whole LORA_RANK "$LORA_RANK" 1
-    whole MAX_LENGTH "$MAX_LENGTH" 2
-    [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK is $NODE_RANK, but with NNODES=$NNODES it must be from 0 to $((NNODES - 1))"
-    [ "$NNODES" -eq 1 ] || [ -n "$MASTER_ADDR" ] || fail "NNODES is $NNODES, so MASTER_ADDR must be the address of the machine with NODE_RANK=0"
-    [ -z "$CONFIG" ] || [ -f "$CONFIG" ] || fail "CONFIG names the file '$CONFIG', which does not exist"
+    one_of DRY_RUN 0 1
+    check_machines
+    one_of METHOD '' lora full freeze embeddings
+    one_of STAGE '' sft pt
+    one_of QUANTIZE '' none int8 nf4 fp4
+    one_of PRECISION '' auto fp32 bf16 fp16
+    whole NPROC 1
+    whole MICRO_BATCH 1
+    whole GLOBAL_BATCH 1
+    whole TRAIN_ITERS 1
+    whole LORA_RANK 1
+    whole MAX_LENGTH 2
+    file_of CONFIG
     case $PARALLEL in
     ddp | fsdp | zero0 | zero1 | zero2 | zero3 | zero3_offload) ;;
     *) [ -f "$PARALLEL" ] || fail "PARALLEL is '$PARALLEL', but it must be one of: ddp fsdp zero0 zero1 zero2 zero3 zero3_offload, or a file of accelerate" ;;
@@ -171,27 +117,15 @@ choose_files() {
     fi
 }
 
-# Prints the settings at the top of this file.
-usage() {
-    sed -n '2,/^# ---- end of settings/p' "$0" | grep -v -e '^set -eu' -e '^HERE=' -e '---- end'
-    echo "# Flags of tools/finetune.py: $VENV/bin/python $HERE/tools/finetune.py --help"
-}
-
-case " $* " in
-*' --help '* | *' -h '*)
-    usage
-    exit 0
-    ;;
-esac
+help_of tools/finetune.py "$@"
 check_settings
 choose_files "$@"
-gpus=$(count_gpus)
-[ "$DEVICE" != cuda ] || [ "$gpus" -gt 0 ] || fail "DEVICE is cuda, but nvidia-smi lists no GPU on this machine: set DEVICE=cpu"
+find_gpus
 if [ -z "$NPROC" ]; then
     [ "$gpus" -gt 0 ] && NPROC=$gpus || NPROC=1
 fi
 [ "$PARALLEL" = ddp ] || [ "$gpus" -gt 0 ] || [ "$DRY_RUN" = 1 ] || fail "PARALLEL is '$PARALLEL', which needs GPUs, and nvidia-smi lists none here: leave it out"
-[ "$DRY_RUN" = 1 ] || VENV=$VENV sh "$HERE/run_install_environment.sh"
+make_environment
 
 # The flags, last to first: each goes before those that are there, and of two the last one counts.
 [ -z "$TENSORBOARD_DIR" ] || set -- --tensorboard-dir "$TENSORBOARD_DIR" "$@"
@@ -242,16 +176,11 @@ elif [ "$NNODES" -gt 1 ]; then
         --master-port "$MASTER_PORT" --nproc-per-node "$NPROC" "$@"
 elif [ "$NPROC" -gt 1 ]; then
     set -- "$python" -m megatron_llm.training.launch --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" "$@"
-    # Processes on one machine need not know its name, which does not always resolve.
-    [ "$gpus" -gt 0 ] || [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+    use_loopback
 else
     set -- "$python" "$@"
 fi
 [ "$NPROC" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-if [ "$DRY_RUN" = 1 ]; then
-    show "$@"
-else
-    exec "$@"
-fi
+finish "$@"

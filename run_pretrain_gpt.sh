@@ -13,14 +13,10 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# shellcheck source=tools/script_common.sh
+. "$HERE/tools/script_common.sh"
 
-# setting NAME DEFAULT: keeps what the caller gave. The default gives way to a CONFIG file, where there is one.
-setting() {
-    eval "$1=\${$1:-}"
-    [ -n "${CONFIG:-}" ] || eval "[ -n \"\$$1\" ] || $1=\$2"
-}
-
-# model_setting NAME DEFAULT [DEFAULT WITH WEIGHTS]: the same, but a run that starts from weights takes the model from their
+# model_setting NAME DEFAULT [DEFAULT WITH WEIGHTS]: as setting, but a run that starts from weights takes the model from their
 # folder, and does not unlearn it with a new model's learning rate.
 loading=${LOAD:-}
 for argument in "$@"; do
@@ -79,42 +75,6 @@ VENV=${VENV:-"$HERE/.venv"}          # environment; made by run_install_environm
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-120} # seconds that the ranks get to save after a SIGTERM
 # ---- end of settings ----
 
-fail() {
-    echo "error: $1" >&2
-    exit 1
-}
-
-# whole NAME VALUE LEAST: VALUE is empty or a whole number from LEAST on.
-whole() {
-    case $2 in
-    '') return ;;
-    *[!0-9]*) ;;
-    *) [ "$2" -lt "$3" ] || return 0 ;;
-    esac
-    fail "$1 is '$2', but it must be a whole number, at least $3"
-}
-
-one_of() {
-    name=$1 value=$2
-    shift 2
-    for allowed in "$@"; do
-        [ "$value" != "$allowed" ] || return 0
-    done
-    fail "$name is '$value', but it must be one of: $*"
-}
-
-# Prints a command so that it can be pasted into a shell.
-show() {
-    line=''
-    for word in "$@"; do
-        case $word in
-        *[!A-Za-z0-9_./:=,@%+-]* | '') word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
-        esac
-        line="$line $word"
-    done
-    echo "${line# }"
-}
-
 # step NAME RESULT COMMAND...: runs the command, unless RESULT is there and the same commands made it.
 made_by=''
 step() {
@@ -148,33 +108,19 @@ forwarding_signals() {
     [ "$status" -eq 0 ] || exit "$status"
 }
 
-count_gpus() {
-    if [ "$DEVICE" = cpu ] || ! command -v nvidia-smi >/dev/null 2>&1; then
-        echo 0
-    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .
-    else
-        nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
-    fi
-}
-
 check_settings() {
-    one_of DRY_RUN "$DRY_RUN" 0 1
-    one_of DEVICE "$DEVICE" auto cuda cpu
-    one_of PRECISION "$PRECISION" '' fp32 bf16 fp16
-    whole NNODES "$NNODES" 1
-    whole NODE_RANK "$NODE_RANK" 0
-    whole GPUS_PER_NODE "$GPUS_PER_NODE" 1
-    whole TP "$TP" 1
-    whole PP "$PP" 1
-    whole VPP "$VPP" 1
-    whole MICRO_BATCH "$MICRO_BATCH" 1
-    whole GLOBAL_BATCH "$GLOBAL_BATCH" 1
-    whole TRAIN_ITERS "$TRAIN_ITERS" 1
-    whole WARMUP_ITERS "$WARMUP_ITERS" 0
-    [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK is $NODE_RANK, but with NNODES=$NNODES it must be from 0 to $((NNODES - 1))"
-    [ "$NNODES" -eq 1 ] || [ -n "$MASTER_ADDR" ] || fail "NNODES is $NNODES, so MASTER_ADDR must be the address of the machine with NODE_RANK=0"
-    [ -z "$CONFIG" ] || [ -f "$CONFIG" ] || fail "CONFIG names the file '$CONFIG', which does not exist"
+    one_of DRY_RUN 0 1
+    check_machines
+    one_of PRECISION '' fp32 bf16 fp16
+    whole GPUS_PER_NODE 1
+    whole TP 1
+    whole PP 1
+    whole VPP 1
+    whole MICRO_BATCH 1
+    whole GLOBAL_BATCH 1
+    whole TRAIN_ITERS 1
+    whole WARMUP_ITERS 0
+    file_of CONFIG
 }
 
 # Is this the demo? Yes when nothing says where other data or settings come from.
@@ -206,8 +152,7 @@ choose_folders() {
 
 # Number of processes, layout, batch, precision: what was not given.
 choose_layout() {
-    gpus=$(count_gpus)
-    [ "$DEVICE" != cuda ] || [ "$gpus" -gt 0 ] || fail "DEVICE is cuda, but nvidia-smi lists no GPU on this machine: set DEVICE=cpu, or start it where the GPUs are"
+    find_gpus
     if [ "$demo" = 1 ]; then
         [ "$gpus" -gt 0 ] && ranks=${GPUS_PER_NODE:-$gpus} || ranks=${GPUS_PER_NODE:-4}
         [ -n "$TP" ] || { [ $((ranks % 2)) -eq 0 ] && TP=2 || TP=1; }
@@ -234,18 +179,7 @@ choose_layout() {
     fi
 }
 
-# Prints the settings at the top of this file.
-usage() {
-    sed -n '2,/^# ---- end of settings/p' "$0" | grep -v -e '^set -eu' -e '^HERE=' -e '---- end'
-    echo "# Flags of tools/pretrain.py: docs/config.md, or $VENV/bin/python $HERE/tools/pretrain.py --help"
-}
-
-case " $* " in
-*' --help '* | *' -h '*)
-    usage
-    exit 0
-    ;;
-esac
+help_of tools/pretrain.py "$@"
 check_settings
 is_demo "$@" && demo=1 || demo=0
 [ "$demo" = 0 ] || [ "$NNODES" -eq 1 ] || fail "the demo runs on one machine: for a run on $NNODES give DATA_PATH, and perhaps CONFIG"
@@ -253,7 +187,7 @@ choose_folders
 choose_layout
 started=$(date +%s)
 python="$VENV/bin/python"
-[ "$DRY_RUN" = 1 ] || VENV=$VENV sh "$HERE/run_install_environment.sh"
+make_environment
 
 # The flags of the training, last to first: each goes before those that are there, and of two the last one counts.
 set -- --save "$CHECKPOINT_PATH" --auto-resume --img-log-dir "$IMG_LOG_DIR" "$@"
@@ -293,8 +227,7 @@ fi
 # megatron_llm.training.launch is torchrun, with its arguments; it only tells a failure once.
 if [ "$NNODES" -eq 1 ]; then
     set -- --standalone --local-addr 127.0.0.1 --nnodes 1 --nproc-per-node "$GPUS_PER_NODE" "$HERE/tools/pretrain.py" "$@"
-    # Ranks on one machine need not know its name, which does not always resolve.
-    [ "$gpus" -gt 0 ] || [ ! -e /sys/class/net/lo ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+    use_loopback
 else
     set -- --nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
         --nproc-per-node "$GPUS_PER_NODE" "$HERE/tools/pretrain.py" "$@"

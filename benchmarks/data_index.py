@@ -5,9 +5,13 @@ example:
 
 Both sides do the same work in turn, A B A B; shown are the medians of the wall time and of the processor time, and the
 ratios. Results are compared, and a difference is an error. Needs megatron-core (requirements/test-no-deps.txt).
+
+`large` is one epoch of a corpus of 100 million documents, once, each side in a process of its own: about a minute, 4 GB of
+memory and 2 GB of disk. What a side cannot do is a row that says why.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -16,7 +20,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,35 +41,47 @@ from megatron_llm.data.sample_index import EpochPlan, build_sample_index, plan_e
 
 PARTS = ("index", "blend", "reads", "large")
 SEED, CORPORA, EOD = 1234, 16, 0
+PIECE = 1 << 20  # documents looked at together
 RESETS = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians in seconds (wall time, processor time) of both sides, and the memory at its peak in bytes where it was measured."""
+    """Medians in seconds (wall time, processor time) of both sides, and the memory at its peak in bytes where it was measured.
+
+    Where megatron-core could not do the work its figures are None, and `failure` says why.
+    """
 
     what: str
     ours: float
-    core: float
+    core: float | None
     ours_cpu: float
-    core_cpu: float
+    core_cpu: float | None
     ours_peak: int | None = None
     core_peak: int | None = None
+    failure: str | None = None
 
     def table(self) -> str:
         """One row of the table."""
-        peaks = f"{self.ours_peak / 1e9:.2f} / {self.core_peak / 1e9:.2f}" if self.ours_peak and self.core_peak else ""
-        times = f"{_short(self.ours)} | {_short(self.core)} | {self.core / self.ours:.1f}"
-        return (
-            f"| {self.what} | {times} | {_short(self.ours_cpu)} | {_short(self.core_cpu)} | {self.core_cpu / self.ours_cpu:.1f} | {peaks} |"
-        )
+        cells = [self.what, _short(self.ours), _short(self.core), _ratio(self.core, self.ours)]
+        cells += [_short(self.ours_cpu), _short(self.core_cpu), _ratio(self.core_cpu, self.ours_cpu)]
+        peaks = " / ".join(f"{peak / 1e9:.2f}" if peak else "-" for peak in (self.ours_peak, self.core_peak))
+        cells += [peaks if self.ours_peak else "", self.failure or ""]
+        return f"| {' | '.join(cells)} |"
 
 
-HEADER = "| work | here | megatron-core | ratio | CPU here | CPU core | ratio | peak GB here / core |\n|---|---|---|---|---|---|---|---|"
+_COLUMNS = ("work", "here", "megatron-core", "ratio", "CPU here", "CPU core", "ratio", "peak GB here / core", "not run")
+HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 
-def _short(seconds: float) -> str:
+def _short(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     return f"{1e6 * seconds:.0f} us" if seconds < 0.001 else f"{seconds:.3f} s"
+
+
+def _ratio(core: float | None, ours: float) -> str:
+    return f"{core / ours:.1f}" if core is not None else "-"
 
 
 def in_turn(what: str, ours: Callable[[], Any], core: Callable[[], Any], repeats: int, *, share: int = 1) -> Row:
@@ -90,8 +108,11 @@ def core_parts() -> SimpleNamespace:
 
 def document_lengths(documents: int) -> NDArray[np.int32]:
     """Lengths of documents in tokens, about 600 each: most are short, some are very long."""
-    lengths = np.random.default_rng(0).lognormal(6.0, 0.9, documents)
-    return np.clip(lengths, 1, 100_000).astype(np.int32)
+    random, lengths = np.random.default_rng(0), np.empty(documents, np.int32)
+    for start in range(0, documents, PIECE):  # as floating-point numbers a hundred million would take many times their room
+        piece = lengths[start : start + PIECE]
+        piece[:] = np.clip(random.lognormal(6.0, 0.9, len(piece)), 1, 100_000)
+    return lengths
 
 
 def our_index(lengths: NDArray[np.int32], plan: EpochPlan, folder: Path) -> Any:
@@ -152,10 +173,12 @@ def blend_rows(parts: SimpleNamespace, samples: int, repeats: int) -> list[Row]:
     found: dict[str, Any] = {}
 
     def ours() -> None:
+        found.pop("ours", None)  # a blend of 160 million samples takes 1.6 GB
         arrays = dict(zip(("dataset_index", "sample_index"), backend.blend_index(weights, samples), strict=True))
         found["ours"] = BlendedDataset(datasets, arrays).index  # type: ignore[arg-type]
 
     def core() -> None:
+        found.pop("core", None)
         blended = parts.blended.BlendedDataset.__new__(parts.blended.BlendedDataset)
         blended.datasets, blended.weights, blended.size = datasets, weights.tolist(), samples
         blended.split = SimpleNamespace(name="train")
@@ -213,19 +236,37 @@ def open_corpus(parts: SimpleNamespace, prefix: str, seq_length: int, options: d
     return ours, builder.build()[0]
 
 
+@dataclass(frozen=True)
+class _Large:
+    """What one side of the large index took, and a digest of each of its arrays (of their numbers, whatever their type)."""
+
+    wall: float
+    cpu: float
+    peak: int
+    digests: dict[str, str]
+
+
 def large_rows(documents: int, seq_length: int, folder: Path) -> list[Row]:
     """One epoch of a large corpus, each side in a process of its own for its memory; once, for it takes long."""
-    found = []
-    for side in ("ours", "core"):
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            found.append(pool.apply(_large, (side, documents, seq_length, str(folder))))
-    (ours, ours_cpu, ours_peak), (core, core_cpu, core_peak) = found
+    ours = _alone("ours", documents, seq_length, folder)
     what = f"index of {documents:,} documents, 1 epoch, written and mapped; memory without the lengths"
-    return [Row(what, ours, core, ours_cpu, core_cpu, ours_peak, core_peak)]
+    try:
+        core = _alone("core", documents, seq_length, folder)
+    except (MemoryError, OverflowError, BrokenProcessPool) as error:
+        failure = f"megatron-core ended with {type(error).__name__}: {error}"
+        return [Row(what, ours.wall, None, ours.cpu, None, ours.peak, failure=failure)]
+    for name, digest in ours.digests.items():
+        if core.digests[name] != digest:
+            raise SystemExit(f"error: {name} of {documents:,} documents differs from megatron-core's")
+    return [Row(what, ours.wall, core.wall, ours.cpu, core.cpu, ours.peak, core.peak)]
 
 
-def _large(side: str, documents: int, seq_length: int, folder: str) -> tuple[float, float, int]:
+def _alone(side: str, documents: int, seq_length: int, folder: Path) -> _Large:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_large, side, documents, seq_length, str(folder)).result()
+
+
+def _large(side: str, documents: int, seq_length: int, folder: str) -> _Large:
     parts = core_parts()
     lengths = document_lengths(documents)
     plan = plan_epochs(int(lengths.sum(dtype=np.int64)), seq_length, None)
@@ -233,10 +274,20 @@ def _large(side: str, documents: int, seq_length: int, folder: str) -> tuple[flo
     before = _memory("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     if side == "ours":
-        our_index(lengths, plan, Path(folder))
+        arrays: Mapping[str, NDArray[Any]] = our_index(lengths, plan, Path(folder))
     else:
-        core_index(parts, lengths, plan, Path(folder))
-    return time.perf_counter() - wall, time.process_time() - cpu, _memory("VmHWM") - before
+        names = ("document_index", "sample_index", "shuffle_index")
+        arrays = dict(zip(names, core_index(parts, lengths, plan, Path(folder)), strict=True))
+    wall, cpu, peak = time.perf_counter() - wall, time.process_time() - cpu, _memory("VmHWM") - before
+    return _Large(wall, cpu, peak, {name: _digest(array) for name, array in arrays.items()})
+
+
+def _digest(array: NDArray[Any]) -> str:
+    """SHA-256 of the numbers of an array as 64-bit ones."""
+    digest, flat = hashlib.sha256(), array.reshape(-1)
+    for start in range(0, flat.size, PIECE):
+        digest.update(flat[start : start + PIECE].astype(np.int64).data)
+    return digest.hexdigest()
 
 
 def _memory(name: str) -> int:
@@ -258,7 +309,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000_000, help="of the index (default: 10 million)")
     parser.add_argument("--epochs", type=int, default=3, help="of the index (default: 3)")
     parser.add_argument("--large-documents", type=int, default=100_000_000, help="of the large index (default: 100 million)")
-    parser.add_argument("--blend-samples", type=int, default=10_000_000, help="of all corpora together (default: 10 million)")
+    parser.add_argument("--blend-samples", type=int, default=10_000_000, help="of each of the 16 corpora, about (default: 10 million)")
     parser.add_argument("--reads", type=int, default=2000, help="samples read in one repeat (default: 2000)")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5, help="of each, after one that warms up (default: 5)")
@@ -271,7 +322,7 @@ def main() -> None:
         if "index" in options.parts:
             rows += index_rows(parts, options.documents, options.epochs, options.seq_length, options.repeats, folder)
         if "blend" in options.parts:
-            rows += blend_rows(parts, options.blend_samples, options.repeats)
+            rows += blend_rows(parts, CORPORA * options.blend_samples, options.repeats)
         if "reads" in options.parts:
             rows += reads_rows(parts, options.seq_length, options.reads, options.repeats, folder)
         if "large" in options.parts:

@@ -53,8 +53,11 @@ def preprocess(document: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Co
 
 
 def data_index(document: Mapping[str, Any]) -> list[Comparison]:
-    """Each piece of work beside megatron-core."""
-    return [Comparison("data_index", row["what"], "s", "megatron-core", row["ours"], row["core"]) for row in document["rows"]]
+    """Each piece of work beside megatron-core; a piece that it could not do says why."""
+    return [
+        Comparison("data_index", row["what"], "s", "megatron-core", row["ours"], row["core"], not_run=row.get("failure"))
+        for row in document["rows"]
+    ]
 
 
 def checkpoint(document: Mapping[str, Any]) -> list[Comparison]:
@@ -69,7 +72,7 @@ def checkpoint(document: Mapping[str, Any]) -> list[Comparison]:
         found.append(beside_disk(f"save {what}", row["megabytes"] / row["save"], row))
         found.append(Comparison("checkpoint", f"stall of a background save, {what}", "s", "a save that waits", row["stall"], row["save"]))
     for row in document["loads"]:
-        found.append(beside_disk(f"load TP 2 x PP 2 into one rank, {row['form']}", row["rate"], row))
+        found.append(beside_disk(f"load {row['megabytes']:.0f} MB, TP 2 x PP 2 into one rank, {row['form']}", row["rate"], row))
     return found
 
 

@@ -25,7 +25,18 @@ from megatron_llm.utils.atomic import write_json, write_text
 from megatron_llm.utils.errors import UserError, run_command
 from megatron_llm.utils.progress import Progress
 
-PARTS = ("limits", "train_step", "train_parallel", "kernels", "collectives", "pipeline", "preprocess", "data_index", "checkpoint")
+PARTS = (
+    "limits",
+    "train_step",
+    "train_parallel",
+    "kernels",
+    "collectives",
+    "pipeline",
+    "preprocess",
+    "data_index",
+    "checkpoint",
+    "startup",
+)
 
 
 @dataclass

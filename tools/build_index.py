@@ -4,26 +4,17 @@ Give the same values as to the training run: the index is found again only when 
 --data-cache-path, or to the folder `cache` beside the data. Building twice, or on several machines at once, does no harm.
 """
 
-import argparse
-
 from megatron_llm.config.schema import DataConfig, TrainConfig
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/build_index.py --data-path demo/data/corpus_text_document --seq-length 128 --train-iters 100 --global-batch-size 32
-
-"""
+EXAMPLE = "python tools/build_index.py --data-path demo/data/corpus_text_document --seq-length 128 --train-iters 100 --global-batch-size 32"
 
 
 def main() -> None:
     """Read the flags, build the train and validation index."""
     data, train = DataConfig(), TrainConfig()
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     parser.add_argument("--data-path", nargs="+", required=True, help="prefix of .bin/.idx, or weight prefix weight prefix ...")
     parser.add_argument("--split", default=data.split, help=f"shares of train, validation and test (default {data.split})")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens in one sequence")

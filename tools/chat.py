@@ -7,13 +7,13 @@ Lines that come through a pipe are asked one after the other.
 import argparse
 
 from megatron_llm.serve.flags import add_model_flags
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/chat.py --model demo/hf
-  python tools/chat.py --endpoint http://127.0.0.1:8000/v1 --ask "What is a list?"
-
-"""
+EXAMPLES = (
+    "python tools/chat.py --model demo/hf",
+    'python tools/chat.py --endpoint http://127.0.0.1:8000/v1 --ask "What is a list?"',
+)
 
 
 def main() -> None:
@@ -27,12 +27,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, *EXAMPLES)
     parser.add_argument("--endpoint", metavar="URL", help="server to talk to, up to and including /v1")
     parser.add_argument("--name", help="model of that server (default: its first)")
     add_model_flags(parser, required=False)

@@ -4,24 +4,15 @@ Nothing is written. Files may be .json, .jsonl or .csv (each also .gz or .zst), 
 they are names of data sets in a dataset_info.json.
 """
 
-import argparse
-
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/check_dataset.py data/alpaca.json --template chatml --tokenizer demo/hf --show 3
-
-"""
+EXAMPLE = "python tools/check_dataset.py data/alpaca.json --template chatml --tokenizer demo/hf --show 3"
 
 
 def main() -> None:
     """Read the flags, load, encode, print."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     parser.add_argument("data", nargs="+", metavar="FILES", help="files, folders, patterns, or names with --registry")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a Hugging Face model or tokenizer")
     parser.add_argument("--template", default="chatml", help="chatml (default), alpaca, llama, llama3, qwen, or tokenizer for its own")

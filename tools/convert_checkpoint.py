@@ -8,12 +8,10 @@ group are needed, and no more memory than one tensor. The folder appears only wh
 import argparse
 from pathlib import Path
 
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import run_command
 
-EXAMPLE = """example:
-  python tools/convert_checkpoint.py --load demo/checkpoint --save demo/hf --to hf
-
-"""
+EXAMPLE = "python tools/convert_checkpoint.py --load demo/checkpoint --save demo/hf --to hf"
 
 
 def main() -> None:
@@ -43,12 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--load", required=True, help="folder of weights; of a folder of checkpoints the newest complete one is taken")
     add("--save", required=True, help="folder to make")

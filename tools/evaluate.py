@@ -6,12 +6,10 @@ new. A model or task that fails is named at the end, with a nonzero exit; the ot
 
 import argparse
 
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import run_command
 
-EXAMPLE = """example:
-  python tools/evaluate.py --config examples/evaluation.yaml --model demo=demo/hf --output runs/evaluation
-
-"""
+EXAMPLE = "python tools/evaluate.py --config examples/evaluation.yaml --model demo=demo/hf --output runs/evaluation"
 
 
 def main() -> None:
@@ -24,12 +22,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML with models and tasks")
     add("--model", action="append", default=[], metavar="NAME=DIR[+ADAPTER]", help="in place of the file's models; may be repeated")

@@ -7,21 +7,14 @@ tokenizers are printed and must go together; --dry-run stops after that.
 
 import argparse
 
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/extend_embeddings.py --load models/llama --new-tokenizer tokenizers/chinese-llama --save models/chinese-llama
-
-"""
+EXAMPLE = "python tools/extend_embeddings.py --load models/llama --new-tokenizer tokenizers/chinese-llama --save models/chinese-llama"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     parser.add_argument("--load", required=True, help="weights in any format: a Hugging Face folder, a checkpoint, ...")
     parser.add_argument("--save", help="folder to make")
     parser.add_argument("--old-tokenizer", help="folder or file of the model's tokenizer (default: the one that came with the weights)")

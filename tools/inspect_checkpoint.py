@@ -10,23 +10,18 @@ import argparse
 import sys
 from contextlib import ExitStack, closing
 
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/inspect_checkpoint.py demo/checkpoint
-  python tools/inspect_checkpoint.py demo/checkpoint --diff demo/hf
-
-"""
+EXAMPLES = (
+    "python tools/inspect_checkpoint.py demo/checkpoint",
+    "python tools/inspect_checkpoint.py demo/checkpoint --diff demo/hf",
+)
 
 
 def main() -> None:
     """Read the flags and print the description, the differences, or the weights that are not finite."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, *EXAMPLES)
     parser.add_argument("path", help="a folder of weights in any format, or a folder of native checkpoints")
     parser.add_argument("--diff", metavar="OTHER", help="compare with another folder, one tensor at a time")
     parser.add_argument("--nan", action="store_true", help="read all weights and list those with NaN or Inf")

@@ -8,12 +8,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import UserError, run_command
 
-EXAMPLE = """example:
-  python tools/merge_lora.py --base demo/hf --adapter runs/assistant/adapter --save runs/assistant/hf_ckpt
-
-"""
+EXAMPLE = "python tools/merge_lora.py --base demo/hf --adapter runs/assistant/adapter --save runs/assistant/hf_ckpt"
 
 
 def main() -> None:
@@ -22,11 +20,13 @@ def main() -> None:
     if args.weight and len(args.weight) != len(args.adapter):
         raise UserError(f"--weight was given {len(args.weight)} times for {len(args.adapter)} adapters: give one for each, or none")
     from megatron_llm.checkpoint.hf_folder import is_hf_folder  # torch is not needed for --help
+    from megatron_llm.convert.memory import return_freed_memory
     from megatron_llm.convert.to_hf import parse_size
     from megatron_llm.convert.tool import ConvertOptions, convert
     from megatron_llm.lora.adapter import find_base
     from megatron_llm.lora.merge import MergeOptions, check_save, merge
 
+    return_freed_memory()
     base = args.base if args.base is not None else find_base(args.adapter[0])
     options = MergeOptions(args.dtype, parse_size(args.max_shard_size), args.verify, args.overwrite, base.resolve().name)
     adapters = list(zip(args.adapter, args.weight or [1.0] * len(args.adapter), strict=True))
@@ -41,8 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    text, raw = EXAMPLE + (__doc__ or ""), argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=text, formatter_class=raw, allow_abbrev=False)
+    parser = tool_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--base", type=Path, help="Hugging Face folder or checkpoint (default: the folder that the first adapter names)")
     add("--adapter", type=Path, required=True, action="append", help="folder of peft; several times: merged in this order")

@@ -1,27 +1,19 @@
 """Draw a pipeline schedule as a picture of all stages in time, and print what it costs: ticks, idle time, live activations."""
 
-import argparse
 from pathlib import Path
 
 from megatron_llm.parallel.schedules import ORDERS, make_schedule
 from megatron_llm.parallel.simulator import simulate
 from megatron_llm.parallel.timeline import draw_timeline
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import run_command
 
-EXAMPLE = """example:
-  python tools/plot_schedule.py --schedule interleaved --stages 4 --micro-batches 8 --chunks 2 --output schedule.png
-
-"""
+EXAMPLE = "python tools/plot_schedule.py --schedule interleaved --stages 4 --micro-batches 8 --chunks 2 --output schedule.png"
 
 
 def main() -> None:
     """Parse, simulate, print, draw."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     parser.add_argument("--schedule", default="1f1b", choices=sorted(ORDERS), help="which schedule (default 1f1b)")
     parser.add_argument("--stages", type=int, default=4, help="pipeline ranks (default 4)")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches a step (default 8)")

@@ -53,9 +53,12 @@ def main() -> None:
     """Preprocess, then say what was made."""
     settings = parse_arguments()
     settings.check()
-    from megatron_llm.data.preprocess import preprocess  # brings numpy: help and wrong flags need not wait for it
+    from megatron_llm.data.preprocess_plan import plan_work
 
-    summary = preprocess(settings)
+    plan = plan_work(settings)  # the other processes start
+    from megatron_llm.data.preprocess import preprocess  # brings numpy: help, wrong flags and the other processes need not wait for it
+
+    summary = preprocess(settings, plan)
     for prefix, marks in summary.datasets.items():
         print(f"{prefix}.bin/.idx: {marks.documents} documents, {marks.sequences} sequences, {marks.tokens} tokens")
     print(f"passed over: {summary.empty} empty texts, {summary.bad} bad lines")

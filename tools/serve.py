@@ -7,12 +7,10 @@ and a GPU are present, otherwise transformers, on the CPU too. A key is asked fo
 import argparse
 
 from megatron_llm.serve.flags import add_limit_flags, add_model_flags, add_server_flags, serve_options
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import run_command
 
-EXAMPLE = """example:
-  python tools/serve.py --model demo/hf --port 8000
-
-"""
+EXAMPLE = "python tools/serve.py --model demo/hf --port 8000"
 
 
 def main() -> None:
@@ -35,12 +33,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=EXAMPLE + (__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLE)
     add_model_flags(parser, required=True)
     add_server_flags(parser)
     add_limit_flags(parser)

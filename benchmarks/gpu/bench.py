@@ -1,4 +1,4 @@
-"""Training on one GPU: the project beside `transformers`, with and without Liger's kernels, on the same work, inside a time budget.
+"""Training on one GPU: the project beside `transformers` (compiled, or with Liger's kernels) and megatron-core, inside a time budget.
 
     python -m benchmarks.gpu.bench --minutes 9 --out bench_results/gpu
 
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu.waves import Result, Turns
 from benchmarks.programs import ROOT, Program
 from benchmarks.report import number, stamp, stamp_lines, table
+from benchmarks.train_step import peers_folder
 from benchmarks.workload import Workload
 from megatron_llm.training.flops import gpu_peak
 from megatron_llm.utils.atomic import write_json, write_text
@@ -35,28 +36,39 @@ WORKS = {
 TINY = {"tiny": Workload(hidden=32, layers=1, heads=2, ffn=64, vocabulary=64, length=16, sequences=2, micro=1)}
 OURS = {
     "compiled, fused": ("--compile", "--kernels", "fused"),
+    "compiled, fused, fp8": ("--compile", "--kernels", "fused", "--fp8", "tensorwise"),
+    "compiled, fused, CUDA graphs": ("--compile", "--compile-mode", "reduce-overhead", "--kernels", "fused"),
     "eager, fused": ("--kernels", "fused"),
     "compiled, torch": ("--compile", "--kernels", "torch"),
     "eager, torch": ("--kernels", "torch"),
 }
+TINY_OURS = {"eager, torch": OURS["eager, torch"], "eager, fp8": ("--kernels", "torch", "--fp8", "tensorwise")}
 # Precision, compiled, Liger.
 TRANSFORMERS = {
     "compiled, bf16 weights alone": ("bf16", True, False),
-    "compiled, autocast, fp32 weights": ("autocast", True, False),
     "Liger, bf16 weights alone": ("bf16", False, True),
+    "compiled, autocast, fp32 weights": ("autocast", True, False),
     "eager, bf16 weights alone": ("bf16", False, False),
 }
 HEADS = ("program", "median, s", "tokens/s", "MFU, data sheet", "MFU, measured peak", "GiB", "speed of the first", "first losses")
 
 
+def megatron_python() -> str:
+    """The interpreter that has megatron-core: this one, else the one of benchmarks/peers/install.sh; this one where neither has."""
+    own = peers_folder() / "megatron-core" / "bin" / "python"
+    return str(own) if not available("megatron.core") and own.exists() else sys.executable
+
+
 def programs(device: str, *, tiny: bool) -> list[Program]:
-    """The configurations, the anchor first. `tiny`: two, without compilation."""
+    """The configurations, the anchor first, then by how much they tell: time may run out. `tiny`: a few, without compilation."""
     settings = {"device": device, "threads": 1 if tiny else 4, "warmup": 1 if tiny else 3}
-    kinds = {"eager, torch": OURS["eager, torch"]} if tiny else OURS
     own = [
         Program(f"ours, {name}", sys.executable, "benchmarks.gpu.ours", {**settings, "flags": ["--bf16", *flags]}, ours=True)
-        for name, flags in kinds.items()
+        for name, flags in (TINY_OURS if tiny else OURS).items()
     ]
+    # It keeps every attention score, which takes the memory of two.
+    local = {**settings, "precision": "bf16", "fused": not tiny, "alone": True}
+    megatron = Program("megatron-core, local modules", megatron_python(), "benchmarks.gpu.megatron_core_gpt", local)
     others = {name: TRANSFORMERS[name] for name in ("Liger, bf16 weights alone",)} if tiny else TRANSFORMERS
     theirs = [
         Program(
@@ -67,7 +79,7 @@ def programs(device: str, *, tiny: bool) -> list[Program]:
         )
         for name, (precision, compiled, liger) in others.items()
     ]
-    return [own[0], *theirs[:2], *own[1:], *theirs[2:]]
+    return [own[0], *theirs[:2], megatron, *own[1:3], *theirs[2:3], *own[3:], *theirs[3:]]
 
 
 def matmul_peak(device: torch.device, size: int) -> float:

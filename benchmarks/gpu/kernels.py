@@ -79,7 +79,7 @@ def make_operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> l
         Operation(
             "rotary, both ways", "rotary", lambda f: _with_backward(lambda: f(query, table, table), [query], query.detach()), 4 * hidden
         ),
-        Operation("SwiGLU, both ways", "swiglu", lambda f: _with_backward(lambda: f(*wide.chunk(2, -1)), [wide], half), 8 * ffn),
+        Operation("SwiGLU, both ways", "swiglu", lambda f: _with_backward(lambda: f(wide), [wide], half), 8 * ffn),
         Operation("softmax statistics", "softmax_statistics", lambda f: f(logits, labels, 0, sizes.vocabulary), columns),
         Operation("softmax gradient", "softmax_gradient_", lambda f: f(logits, labels, rows, rows, 0, sizes.vocabulary), 2 * columns),
         Operation("AdamW", "adamw_", lambda f: f(*state, rounded, *rates), sizes.flat * (28 + size) / 1e6),

@@ -57,6 +57,22 @@ class Bounded(Running):
             raise
 
 
+def waves_of(programs: Sequence[Program], size: int) -> list[list[int]]:
+    """Numbers of all programs but the first, `size` to a wave and in order; one with the setting `alone` has a wave to itself."""
+    waves: list[list[int]] = []
+    shared: list[int] = []
+    for number, program in enumerate(programs[1:], 1):
+        if program.settings.get("alone"):
+            waves.append([number])
+            continue
+        if not shared:
+            waves.append(shared)
+        shared.append(number)
+        if len(shared) == size:
+            shared = []
+    return waves
+
+
 @dataclass
 class Turns:
     """Settings of a comparison: the work, rounds of turns, programs alive at once, when to stop, where logs go."""
@@ -72,9 +88,7 @@ class Turns:
         """Measure all, the first as the anchor. Never raises for a program that fails, and ends soon after the deadline."""
         results = [Result(program) for program in programs]
         running: dict[int, Bounded] = {}
-        others = list(range(1, len(programs)))
-        size = max(1, self.alive - 1)
-        waves = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
+        waves = waves_of(programs, max(1, self.alive - 1)) or [[]]
         longest = 0.0
         try:
             for number, wave in enumerate(waves):

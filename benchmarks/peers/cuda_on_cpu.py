@@ -49,13 +49,11 @@ def redirect() -> None:
 
 
 def redirect_imported() -> None:
-    """Replace what megatron-core took at its import; its optimizer is torch's own, here with the fused kernel."""
-    import megatron.core.optimizer as optimizer
+    """Replace what megatron-core took at its import."""
     import megatron.core.tensor_parallel.random as random
 
     random._set_cuda_rng_state = lambda state, *_, **__: RANDOM["set_rng_state"](state)
     random._get_cuda_rng_state = lambda *_, **__: RANDOM["get_rng_state"]()
-    optimizer.Adam = functools.partial(torch.optim.AdamW, fused=True)
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

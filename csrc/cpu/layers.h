@@ -141,8 +141,8 @@ static void swiglu_backward(const SwiGlu& work, int64_t begin, int64_t end) {
     const Stored* gates = static_cast<const Stored*>(work.gate) + row * work.gate_stride;
     const Stored* ups = static_cast<const Stored*>(work.up) + row * work.up_stride;
     const Stored* grads = static_cast<const Stored*>(work.grad) + row * work.columns;
-    Stored* to_gate = static_cast<Stored*>(work.out) + row * work.columns;
-    Stored* to_up = static_cast<Stored*>(work.out_up) + row * work.columns;
+    Stored* to_gate = static_cast<Stored*>(work.out) + row * 2 * work.columns;
+    Stored* to_up = to_gate + work.columns;
     for (int64_t i = 0; i < work.columns; i += kLanes) {
       const int64_t left = work.columns - i;
       const Floats gate = load_some<Type>(gates + i, left), up = load_some<Type>(ups + i, left);

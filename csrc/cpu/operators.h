@@ -44,15 +44,21 @@ void adamw_(
     double weight_decay,
     int64_t step,
     double grad_scale);
-at::Tensor sum_of_squares(const at::Tensor& flat);
 void accumulate_(at::Tensor& total, const at::Tensor& addend, bool overwrite);
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon);
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale);
 at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool interleaved, bool backward);
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
-std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up);
-at::Tensor causal_softmax(const at::Tensor& scores, double scale, int64_t first, int64_t period);
-at::Tensor causal_softmax_backward(const at::Tensor& grad, const at::Tensor& weights, double scale, int64_t first, int64_t period);
+at::Tensor swiglu_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up);
+std::tuple<at::Tensor, at::Tensor> causal_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double scale);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward(
+    const at::Tensor& grad,
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const at::Tensor& out,
+    const at::Tensor& log_sum_exp,
+    double scale);
 
 }  // namespace megatron_llm

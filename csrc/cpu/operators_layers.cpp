@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "operators.h"
 
@@ -138,13 +139,15 @@ at::Tensor swiglu(const at::Tensor& gate_, const at::Tensor& up_) {
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_, const at::Tensor& gate_, const at::Tensor& up_) {
+at::Tensor swiglu_backward(const at::Tensor& grad_, const at::Tensor& gate_, const at::Tensor& up_) {
   TORCH_CHECK_VALUE(
       gate_.dim() >= 1 && gate_.sizes() == up_.sizes() && grad_.sizes() == up_.sizes(), "gate ", gate_.sizes(), ", up ", up_.sizes());
   check_same(gate_, up_, "gate and up");
   check_same(gate_, grad_, "gate and the gradient");
   const at::Tensor gate = as_rows(gate_), up = as_rows(up_), grad = grad_.contiguous();
-  at::Tensor to_gate = contiguous_like(gate_), to_up = contiguous_like(up_);
+  std::vector<int64_t> sizes = gate_.sizes().vec();
+  sizes.back() *= 2;
+  at::Tensor out = at::empty(sizes, gate_.options());
   SwiGlu work{};
   work.gate = gate.const_data_ptr();
   work.up = up.const_data_ptr();
@@ -152,12 +155,11 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad_, cons
   work.up_stride = up.stride(0);
   work.columns = gate.size(1);
   work.grad = grad.const_data_ptr();
-  work.out = to_gate.mutable_data_ptr();
-  work.out_up = to_up.mutable_data_ptr();
+  work.out = out.mutable_data_ptr();
   const auto run = table().swiglu_backward[element_of(gate, "gate")];
   const int64_t bytes = 2 * work.columns * gate.element_size();
   at::parallel_for(0, gate.size(0), grain(bytes), [&](int64_t begin, int64_t end) { run(work, begin, end); });
-  return {to_gate, to_up};
+  return out;
 }
 
 }  // namespace megatron_llm

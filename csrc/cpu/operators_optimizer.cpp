@@ -74,25 +74,6 @@ void adamw_(
   in_units(count, 28, [&](int64_t begin, int64_t end) { run(work, begin, end); });
 }
 
-at::Tensor sum_of_squares(const at::Tensor& flat_) {
-  const at::Tensor flat = flat_.contiguous();
-  const auto run = table().sum_of_squares[element_of(flat, "flat")];
-  const auto* data = static_cast<const char*>(flat.const_data_ptr());
-  const int64_t count = flat.numel(), size = flat.element_size(), blocks = (count + kSumBlock - 1) / kSumBlock;
-  std::vector<double> sums(blocks);
-  at::parallel_for(0, blocks, std::max<int64_t>(1, kGrainBytes / (kSumBlock * size)), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t start = block * kSumBlock;
-      sums[block] = run(data + start * size, std::min(kSumBlock, count - start));
-    }
-  });
-  double total = 0.0;
-  for (const double sum : sums) total += sum;
-  at::Tensor out = at::empty({}, flat.options().dtype(at::kDouble));
-  *out.mutable_data_ptr<double>() = total;
-  return out;
-}
-
 void accumulate_(at::Tensor& total, const at::Tensor& addend, bool overwrite) {
   TORCH_CHECK_VALUE(total.sizes() == addend.sizes(), "an addend of shape ", addend.sizes(), " for a total of shape ", total.sizes());
   TORCH_CHECK_TYPE(total.scalar_type() == at::kFloat, "the total has type ", total.scalar_type(), ": expected float32");

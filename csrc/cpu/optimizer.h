@@ -1,4 +1,4 @@
-// What works on flat buffers: AdamW, sums of squares, accumulation of gradients. Part of a variant; see vectors.h.
+// What works on flat buffers: AdamW, accumulation of gradients. Part of a variant; see vectors.h.
 
 struct AdamWState {
   Floats main, exp_avg, exp_avg_sq;
@@ -45,34 +45,6 @@ static void adamw(const AdamW& work, int64_t begin, int64_t end) {
     store_part<Float32>(work.exp_avg_sq + i, left, state.exp_avg_sq);
     if (round) store_part<Rounded>(rounded + i, left, state.main);
   }
-}
-
-INLINE void add_squares(Floats x, Doubles& low, Doubles& high) {
-  HalfFloats half[2];
-  __builtin_memcpy(half, &x, sizeof(x));
-  const Doubles first = __builtin_convertvector(half[0], Doubles), second = __builtin_convertvector(half[1], Doubles);
-  low = multiply_add(first, first, low);
-  high = multiply_add(second, second, high);
-}
-
-// In fp64 throughout: no square overflows, and the sum of a whole buffer is good to 15 digits.
-template <typename Type>
-static double sum_of_squares(const void* flat, int64_t count) {
-  const auto* from = static_cast<const typename Type::Stored*>(flat);
-  Doubles sums[4] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    add_squares(Type::load_vector(from + i), sums[0], sums[1]);
-    add_squares(Type::load_vector(from + i + kLanes), sums[2], sums[3]);
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t left = count - i;
-    add_squares(left >= kLanes ? Type::load_vector(from + i) : load_part<Type>(from + i, left, 0.0f), sums[0], sums[1]);
-  }
-  const Doubles sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes / 2; ++lane) total += sum[lane];
-  return total;
 }
 
 template <typename Type>

@@ -12,9 +12,6 @@ namespace megatron_llm {
 // Types of elements; the value is the place in the tables below.
 enum Element : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kElements = 3 };
 
-// Elements whose squares are summed together: what makes the sum independent of the number of threads.
-constexpr int64_t kSumBlock = 16384;
-
 // Rows of logits; `out` is [3, rows]: maximum, sum of exponentials, logit of the label.
 struct SoftmaxRows {
   void* logits;
@@ -90,19 +87,34 @@ struct SwiGlu {
   int64_t up_stride;
   int64_t columns;
   const void* grad;
-  void* out;     // backward: the gradient of gate
-  void* out_up;  // backward: the gradient of up
+  void* out;  // backward: the gradients of gate and up, row by row one after the other
 };
 
-// Rows of attention scores; row r belongs to query position first + r % period and sees the columns up to that position.
-struct CausalSoftmax {
-  const void* scores;  // backward: the gradient of the weights
-  const void* weights;
-  void* out;
-  int64_t columns;
-  int64_t first;
-  int64_t period;
+// Tokens whose attention is computed together, and the number that the features of a head are filled up to a multiple of.
+constexpr int64_t kAttentionBlock = 32;
+
+// A tensor [batch, heads, tokens, size] with any strides, in elements, but the last, which is 1.
+struct HeadView {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// Causal attention; the forward pass writes `out` and `log_sum_exp` [batch, heads, length], the backward pass reads them.
+struct CausalAttention {
+  HeadView query, key, value, out;
+  HeadView grad, query_grad, key_grad, value_grad;
+  float* log_sum_exp;
+  int64_t heads;
+  int64_t key_heads;
+  int64_t length;
+  int64_t padded;  // length rounded up to whole blocks
+  int64_t features;
+  int64_t size;  // features rounded up to whole blocks
   float scale;
+
+  // Words of scratch memory that a thread needs, forward and backward.
+  int64_t scratch() const { return 4 * padded * size + kAttentionBlock * (2 * padded + size); }
+  int64_t scratch_backward() const { return 12 * padded * size + (5 * kAttentionBlock + 2) * padded; }
 };
 
 struct Table {
@@ -111,7 +123,6 @@ struct Table {
   void (*softmax_gradient[kElements])(const SoftmaxRows&, int64_t begin, int64_t end);
   // [type of the gradient][type of the rounded copy; kFloat32: there is none]
   void (*adamw[kElements][kElements])(const AdamW&, int64_t begin, int64_t end);
-  double (*sum_of_squares[kElements])(const void* flat, int64_t count);
   void (*accumulate[kElements])(float* total, const void* addend, int64_t count);
   // total [rows, columns] from addend[column * stride + row], rows [begin, end)
   void (*accumulate_transposed[kElements])(
@@ -121,8 +132,8 @@ struct Table {
   void (*rotary[kElements])(const Rotary&, int64_t begin, int64_t end);  // of tokens
   void (*swiglu[kElements])(const SwiGlu&, int64_t begin, int64_t end);
   void (*swiglu_backward[kElements])(const SwiGlu&, int64_t begin, int64_t end);
-  void (*causal_softmax[kElements])(const CausalSoftmax&, int64_t begin, int64_t end);
-  void (*causal_softmax_backward[kElements])(const CausalSoftmax&, int64_t begin, int64_t end);
+  void (*causal_attention[kElements])(const CausalAttention&, int64_t begin, int64_t end, uint32_t* scratch);
+  void (*causal_attention_backward[kElements])(const CausalAttention&, int64_t begin, int64_t end, uint32_t* scratch);
 };
 
 const Table& baseline_table();
@@ -130,6 +141,7 @@ const Table& baseline_table();
 #define MEGATRON_LLM_X86_VARIANTS 1
 const Table& avx2_table();
 const Table& avx512_table();
+const Table& avx512_bf16_table();
 #endif
 
 // The table in use: the best that the processor has, or what MEGATRON_LLM_CPU_CAPABILITY names.

@@ -23,7 +23,6 @@ static const Table kTable = {
     {{adamw<Float32, Float32>, adamw<Float32, BFloat16>, adamw<Float32, Float16>},
      {adamw<BFloat16, Float32>, adamw<BFloat16, BFloat16>, adamw<BFloat16, Float16>},
      {adamw<Float16, Float32>, adamw<Float16, BFloat16>, adamw<Float16, Float16>}},
-    OF_EACH(sum_of_squares),
     OF_EACH(accumulate),
     OF_EACH(accumulate_transposed),
     OF_EACH(rms_norm),
@@ -31,8 +30,8 @@ static const Table kTable = {
     OF_EACH(rotary),
     OF_EACH(swiglu),
     OF_EACH(swiglu_backward),
-    OF_EACH(causal_softmax),
-    OF_EACH(causal_softmax_backward),
+    OF_EACH(causal_attention),
+    OF_EACH(causal_attention_backward),
 };
 
 }  // namespace MEGATRON_LLM_VARIANT

@@ -2,8 +2,8 @@
 
 Each weight gets one writer among all ranks of its pipeline stage, dealt by bytes over tensor- and data-parallel ranks.
 The writer collects the rectangles from the ranks of its own tensor-parallel group (every replica has them all), so
-replicas work side by side. In a round each rank of a group is the writer of at most one weight: what lies in flight is
-about one tensor a rank, never a model, and all links are busy.
+replicas work side by side. In a round each rank of a group is the writer of a few weights: what lies in flight is some
+megabytes a rank, never a model, all links are busy, and ranks wait for each other a few times instead of once a weight.
 
 Who writes what follows from the table of rectangles, which ranks exchange once and again only when it changed.
 """
@@ -21,6 +21,8 @@ from megatron_llm.checkpoint.exchange import gather_json
 from megatron_llm.checkpoint.tensor_file import dtype_from_name, dtype_name
 from megatron_llm.parallel.comm import all_reduce, exchange
 from megatron_llm.parallel.groups import ParallelGroups
+
+ROUND = 32 * 1024 * 1024  # bytes that a rank puts together in one round, or one weight
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and shape
 Place = tuple[str, tuple[int, ...]]  # key and start
@@ -40,6 +42,10 @@ class WholeTensor:
     def size(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def lies_on(self, rank: int) -> bool:
+        """Whether a rank holds it as one rectangle, and no other rank holds any of it."""
+        return self.boxes == {rank: [((0,) * len(self.shape), self.shape)]}
 
 
 @dataclass(frozen=True)
@@ -79,45 +85,50 @@ class WeightCollector:
     def collect(self, entries: Iterable[Entry], targets: Mapping[str, Tensor] | None = None) -> list[Entry]:
         """The whole weights of this rank's `share`, which must have been asked for with the same entries.
 
-        They are written to `targets`, host tensors by key. Without it they are views of the model's memory, or, where they
-        had to be put together, in new host memory.
+        One that lies whole in this rank's memory is given as it lies there. The others are put together in `targets`, host
+        tensors by key, or without it in new host memory.
         """
         plan = self._plan
         assert plan is not None, "ask for the share first"
         views = {(entry.key, entry.start): entry.tensor.detach() for entry in _held(entries)}
         tp, dp = self._groups.tp, self._groups.dp
-        queues = [[whole for whole in plan.tensors if whole.writer == (rank, dp.rank)] for rank in range(tp.size)]
+        queues = [_rounds([whole for whole in plan.tensors if whole.writer == (rank, dp.rank)], ROUND) for rank in range(tp.size)]
         collected = []
         for turn in range(max(map(len, queues))):
             row = {rank: queue[turn] for rank, queue in enumerate(queues) if turn < len(queue)}
             received = self._trade(row, views)
-            if tp.rank in row:
-                whole, start = row[tp.rank], (0,) * len(row[tp.rank].shape)
-                target = targets[whole.key] if targets is not None else None
-                tensor = views.get((whole.key, start))
-                if list(whole.boxes) != [tp.rank] or whole.boxes[tp.rank] != [(start, whole.shape)] or tensor is None:
-                    tensor = _join(whole, views, received, target)
-                elif target is not None:
-                    tensor = target.copy_(tensor)
+            for whole in row.get(tp.rank, []):
+                start = (0,) * len(whole.shape)
+                if whole.lies_on(tp.rank):
+                    tensor = views[whole.key, start]
+                else:
+                    tensor = _join(whole, views, received, targets[whole.key] if targets is not None else None)
                 collected.append(Entry(whole.key, whole.shape, start, tensor))
         return collected
 
-    def _trade(self, row: dict[int, WholeTensor], views: dict[Place, Tensor]) -> dict[int, Tensor]:
-        """One round: send this rank's parts of the tensors that others write, receive the parts of the one it writes."""
+    def _trade(self, row: dict[int, list[WholeTensor]], views: dict[Place, Tensor]) -> dict[int, "_Stream"]:
+        """One round: send this rank's parts of the tensors that others write, receive the parts of those it writes.
+
+        What was received from each rank, in the order of the tensors.
+        """
         tp, device = self._groups.tp, self._groups.device
         sends, received = [], {}
-        for writer, whole in row.items():
-            if writer == tp.rank:
-                for source, boxes in whole.boxes.items():
-                    if source != tp.rank:
-                        size = sum(math.prod(shape) for _, shape in boxes) * whole.dtype.itemsize
-                        received[source] = torch.empty(size, dtype=torch.uint8, device=device)
-                    elif device.type == "cuda":  # one copy to the host instead of one for each rectangle
-                        received[source] = _pack(whole, source, views)
-            elif tp.rank in whole.boxes:
-                sends.append((_pack(whole, tp.rank, views), writer))
-        exchange(sends, [(buffer, source) for source, buffer in received.items() if source != tp.rank], tp)
-        return received
+        for writer, tensors in row.items():
+            if writer != tp.rank:
+                parts = _pack(tensors, tp.rank, views)
+                if parts is not None:
+                    sends.append((parts, writer))
+                continue
+            for source in sorted({source for whole in tensors for source in whole.boxes}):
+                if source != tp.rank:
+                    size = sum(_held_by(whole, source) for whole in tensors)
+                    received[source] = torch.empty(size, dtype=torch.uint8, device=device)
+        exchange(sends, [(buffer, source) for source, buffer in received.items()], tp)
+        joined = [whole for whole in row.get(tp.rank, []) if not whole.lies_on(tp.rank)]
+        own = _pack(joined, tp.rank, views) if device.type == "cuda" else None
+        if own is not None:  # one copy to the host instead of one for each rectangle
+            received[tp.rank] = own
+        return {source: _Stream(buffer.cpu()) for source, buffer in received.items()}
 
     def _current_plan(self, table: list[list[Any]]) -> _Plan:
         """The plan in use, made anew on all ranks when the table of any rank is not the one it was made from."""
@@ -179,22 +190,49 @@ def _deal(tensors: Sequence[WholeTensor], tp: int, dp: int) -> list[WholeTensor]
     return [WholeTensor(whole.key, whole.dtype, whole.shape, whole.boxes, writers[whole.key]) for whole in tensors]
 
 
-def _pack(whole: WholeTensor, rank: int, views: dict[Place, Tensor]) -> Tensor:
-    """The bytes of this rank's rectangles of a tensor, one after the other."""
-    return torch.cat([views[whole.key, start].contiguous().view(-1) for start, _ in whole.boxes[rank]]).view(torch.uint8)
+class _Stream:
+    """Bytes, from which tensors are taken one after the other."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data, self._taken = data, 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next tensor, a view."""
+        size = math.prod(shape) * dtype.itemsize
+        part = self._data.narrow(0, self._taken, size)
+        self._taken += size
+        return part.view(dtype).view(shape)
 
 
-def _join(whole: WholeTensor, views: dict[Place, Tensor], received: dict[int, Tensor], target: Tensor | None) -> Tensor:
+def _rounds(tensors: Sequence[WholeTensor], limit: int) -> list[list[WholeTensor]]:
+    """The tensors in groups of at least one and otherwise at most `limit` bytes, each of one type: so none lies at an odd byte."""
+    rounds: list[list[WholeTensor]] = []
+    room = 0
+    for whole in tensors:
+        if not rounds or whole.size > room or whole.dtype != rounds[-1][-1].dtype:
+            rounds.append([])
+            room = limit
+        rounds[-1].append(whole)
+        room -= whole.size
+    return rounds
+
+
+def _held_by(whole: WholeTensor, rank: int) -> int:
+    """Bytes of a tensor that a rank holds."""
+    return sum(math.prod(shape) for _, shape in whole.boxes.get(rank, [])) * whole.dtype.itemsize
+
+
+def _pack(tensors: Sequence[WholeTensor], rank: int, views: dict[Place, Tensor]) -> Tensor | None:
+    """The bytes of this rank's rectangles of some tensors, one after the other; None when it has none."""
+    parts = [views[whole.key, start].contiguous().view(-1) for whole in tensors for start, _ in whole.boxes.get(rank, [])]
+    return torch.cat(parts).view(torch.uint8) if parts else None
+
+
+def _join(whole: WholeTensor, views: dict[Place, Tensor], received: dict[int, _Stream], target: Tensor | None) -> Tensor:
     """The whole tensor in host memory, `target` where given; rectangles that were not received are this rank's own."""
     target = target if target is not None else torch.empty(whole.shape, dtype=whole.dtype)
     for source, boxes in whole.boxes.items():
-        flat = received[source].cpu().view(whole.dtype) if source in received else None
-        offset = 0
         for start, shape in boxes:
             place = target[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
-            if flat is None:
-                place.copy_(views[whole.key, start])
-            else:
-                place.copy_(flat.narrow(0, offset, place.numel()).view(shape))
-                offset += place.numel()
+            place.copy_(received[source].take(shape, whole.dtype) if source in received else views[whole.key, start])
     return target

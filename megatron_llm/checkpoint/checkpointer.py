@@ -1,9 +1,12 @@
 """`Checkpointer`: saving from a training loop, in the foreground or in the background.
 
 Both ways take the same road (`save.write_rank`, then `save.commit`); in the background a thread walks it over a copy of
-the tensors. Collectives are only ever called from the caller's thread: at the start of a save and in `wait`.
+the tensors. The thread makes that copy too, while the training computes its next gradients, which changes no weight and
+no optimizer state; before the update that does, `settle` waits for what is left of the copy. Collectives are only ever
+called from the caller's thread: at the start of a save and in `wait`.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +20,9 @@ import torch
 from megatron_llm import __version__
 from megatron_llm.checkpoint.assemble import WeightCollector
 from megatron_llm.checkpoint.contents import FileContents, adapter_files, hf_files, sharded_files
+from megatron_llm.checkpoint.durable import remove_folder
 from megatron_llm.checkpoint.entries import Entry
-from megatron_llm.checkpoint.exchange import agree, attempt, share_json
+from megatron_llm.checkpoint.exchange import agree, attempt, describe_error, share_json
 from megatron_llm.checkpoint.manifest import OPTIMIZER, Manifest, plain_json
 from megatron_llm.checkpoint.retention import Retention, apply_retention, complete_checkpoints
 from megatron_llm.checkpoint.save import Attempt, Commit, abandon, commit, prepare, write_rank
@@ -31,22 +35,37 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as peft names it
 
 
 class _Job:
-    """One save of this rank: its write, on rank 0 then the commit, and the error of each."""
+    """One save of this rank: its copy and its write; on rank 0 then the commit and the removal of older ones; and the errors.
 
-    def __init__(self, task: Attempt, rank: int, files: Sequence[FileContents], seal: Callable[["_Job"], None] | None) -> None:
+    `files` gives what is to be written, out of memory that nobody changes. `seal` is rank 0's; it leaves in `doomed` the
+    folders that are to be removed.
+    """
+
+    def __init__(
+        self,
+        task: Attempt,
+        rank: int,
+        files: Callable[[], Sequence[FileContents]],
+        seal: Callable[["_Job"], None] | None,
+    ) -> None:
         self.task = task
         self.cancel = Event()
         self.deadline: float | None = None
         self.write_error: Exception | None = None
         self.seal_error: Exception | None = None
-        self._written = Event()
-        self._write = lambda: write_rank(task, rank, files)
+        self.tidy_error: Exception | None = None
+        self._copied, self._written, self._sealed = Event(), Event(), Event()
+        self._rank, self._files = rank, files
         self._seal = seal
+        self.doomed: list[Path] = []
         self._thread: Thread | None = None
 
     def write(self) -> None:
         """Write this rank's files; the error is kept."""
-        _, self.write_error = attempt(self._write)
+        files, self.write_error = attempt(self._files)
+        self._copied.set()
+        if files is not None:
+            _, self.write_error = attempt(lambda: write_rank(self.task, self._rank, files))
         self._written.set()
 
     def seal(self) -> None:
@@ -54,16 +73,49 @@ class _Job:
         seal = self._seal
         if seal is not None:
             _, self.seal_error = attempt(lambda: seal(self))
+        self._sealed.set()
+
+    def tidy(self) -> None:
+        """After the commit: remove the folders set aside; the error is kept."""
+        try:
+            for folder in self.doomed:
+                remove_folder(folder)
+        except OSError as error:
+            self.tidy_error = _cannot_remove(self.task.step, error)
 
     def start(self) -> None:
-        """Do both on a thread. It does not keep a dying process alive: what it leaves is only a `.tmp`."""
-        self._thread = Thread(target=self._run, name=f"save-step-{self.task.step}", daemon=True)
+        """Do all three on a thread. It does not keep a dying process alive: what it leaves is only a `.tmp`."""
+        self._start(self._run)
+
+    def start_tidying(self) -> None:
+        """Do the last one on a thread: a file system may take its time to free the space of large files."""
+        if self.doomed:
+            self._start(self.tidy)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        self._thread = Thread(target=work, name=f"save-step-{self.task.step}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         self.write()
         if self.write_error is None:
             self.seal()
+            if self.seal_error is None:
+                self.tidy()
+
+    @property
+    def error(self) -> Exception | None:
+        """What has gone wrong so far."""
+        return self.write_error or self.seal_error or self.tidy_error
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is under way here."""
+        return self._sealed.is_set() and (self._thread is None or not self._thread.is_alive())
+
+    def join_copy(self) -> None:
+        """Wait until the tensors that were to be saved are no longer looked at."""
+        self._copied.wait()
 
     def join_write(self) -> None:
         """Wait for this rank's write."""
@@ -75,13 +127,17 @@ class _Job:
         if self._thread is None:
             self.seal()
         else:
+            self._sealed.wait()
+
+    def join(self) -> None:
+        """Wait for all that is under way."""
+        if self._thread is not None:
             self._thread.join()
 
     def stop(self) -> None:
         """A rank failed: end the commit and remove what was written."""
         self.cancel.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.join()
         if self._seal is not None:
             abandon(self.task)
 
@@ -93,9 +149,11 @@ class _Job:
 class Checkpointer:
     """Saves checkpoints of one run under `root` and removes those its retention policy does not keep.
 
-    With `async_save` a save returns when the owned tensors are copied to host memory; its outcome, good or bad, is told
-    by the next `save` or `wait` on all ranks alike. All methods are collective over `groups.world`. Call `wait` before
-    leaving. `report` receives one line for each checkpoint removed (rank 0).
+    With `async_save` a save returns at once. The tensors of its entries must stay as they are until `settle` has returned,
+    which waits until they are copied to host memory. The outcome, good or bad, is told by the next `save` or `wait` on all
+    ranks alike. Older checkpoints that do not stay lose their names before a save is done, and their files in the background.
+    All methods but `settle` are collective over `groups.world`. Call `wait` before leaving. `report` receives one line for
+    each checkpoint removed (rank 0).
 
     `form` "sharded": each rank writes the rectangles it owns to one file. "hf": each checkpoint is a folder that
     transformers opens as it is; the weights are put together on the ranks that write them (`assemble`), which takes
@@ -138,25 +196,28 @@ class Checkpointer:
     ) -> Path:
         """Save `entries` of every rank and rank 0's `state` as step `step`; returns the checkpoint's folder.
 
-        `state` is plain JSON. The keys `config` (the RunConfig as a dictionary) and `tokenizer_fingerprint` also fill
-        the manifest's family, vocabulary size and fingerprint. `tokenizer_folder` (or file) is copied into the checkpoint.
-        `documents` are JSON files by name to write beside the weights, `contract` goes into the manifest (both rank 0's).
-        UserError on every rank when any rank cannot write; what was saved before is then untouched. With `async_save`
-        that error may be about the save before this one, which then has not begun.
+        `state` is plain JSON, copied before this returns. The keys `config` (the RunConfig as a dictionary) and
+        `tokenizer_fingerprint` also fill the manifest's family, vocabulary size and fingerprint. `tokenizer_folder` (or file) is
+        copied into the checkpoint. `documents` are JSON files by name to write beside the weights, `contract` goes into the
+        manifest (both rank 0's). UserError on every rank when any rank cannot write; what was saved before is then untouched.
+        With `async_save` that error may be about the save before this one, which then has not begun.
         """
         self.wait()
         files = self._files(entries)
 
         def head() -> Manifest:
-            return replace(self._head(step, state, validation_loss), contract=plain_json(contract or {}))
+            return copy.deepcopy(replace(self._head(step, state, validation_loss), contract=plain_json(contract or {})))
 
-        task, seal = self._begin(step, head, tokenizer_folder, documents or {})
-        self._job = _Job(task, self._groups.world.rank, files, seal)
+        task, seal = self._begin(step, head, tokenizer_folder, copy.deepcopy(dict(documents or {})))
+        job = _Job(task, self._groups.world.rank, files, seal)
         if self._async:
-            self._job.start()
+            job.start()
         else:
-            self._job.write()
-            self.wait()
+            job.write()
+            self._agree_on_write(job)
+            self._agree_on_seal(job)
+            job.start_tidying()
+        self._job = job
         return task.final
 
     def reserve(self, entries: Sequence[Entry]) -> None:
@@ -167,19 +228,31 @@ class Checkpointer:
         if self._async and self._job is None:
             self._staging.reserve(self._planned(entries))
 
-    def _files(self, entries: Sequence[Entry]) -> list[FileContents]:
-        """What this rank writes to which file; with `async_save` out of memory that training does not touch."""
+    def settle(self) -> None:
+        """Return when the tensors of the last `save` may change: at once, or when the copy of them is made. Not collective."""
+        if self._job is not None:
+            self._job.join_copy()
+
+    def _files(self, entries: Sequence[Entry]) -> Callable[[], list[FileContents]]:
+        """What this rank writes to which file; with `async_save` calling it makes the copy that training does not touch."""
         planned = self._planned(entries)
         staged = self._staging.reserve(planned) if self._async else None
-        collected: dict[str, Entry] = {}
         if self._collector is not None:
             places = {entry.key: entry.tensor for file in staged or () for entry in file.entries}
             weights = self._collector.collect(_parted(entries)[0], places if staged is not None else None)
-            collected = {entry.key: entry for entry in weights}
-        if staged is not None:
-            copy_entries(planned, staged, skip=collected)
+            whole = {entry.key: entry for entry in weights}
+            planned = [replace(file, entries=[whole.get(entry.key, entry) for entry in file.entries]) for file in planned]
+        if staged is None:
+            return lambda: planned
+        if self._groups.device.type != "cpu":  # its transfers come in the order of its work, and are short
+            copy_entries(planned, staged)
+            return lambda: staged
+
+        def copied() -> list[FileContents]:
+            copy_entries(planned, staged)
             return staged
-        return [replace(file, entries=[collected.get(entry.key, entry) for entry in file.entries]) for file in planned]
+
+        return copied
 
     def _planned(self, entries: Sequence[Entry]) -> list[FileContents]:
         """The files of this rank. In the Hugging Face form whole weights have a place in them, but no values yet."""
@@ -199,15 +272,25 @@ class Checkpointer:
         job, self._job = self._job, None
         if job is None:
             return
-        doing = f"saving step {job.task.step}"
         job.join_write()
+        if not all(self._agree_on_write(job)):
+            self._agree_on_seal(job)
+            job.join()
+            agree(job.tidy_error, _doing(job), self._groups)
+
+    def _agree_on_write(self, job: _Job) -> list[bool]:
+        """All ranks have written, or tell an error; for each rank whether it is done with all the rest as well."""
+        ended = job.ended  # asked before the error, so that none can come between
         try:
-            agree(job.write_error, doing, self._groups)
+            return agree(job.error, _doing(job), self._groups, also=ended)
         except Exception:
             job.stop()
             raise
+
+    def _agree_on_seal(self, job: _Job) -> None:
+        """Wait for the commit."""
         job.join_seal()
-        agree(job.seal_error, doing, self._groups)
+        agree(job.seal_error, _doing(job), self._groups)
 
     def _begin(
         self, step: int, head: Callable[[], Manifest], tokenizer: Path | str | None, documents: Mapping[str, Any]
@@ -224,9 +307,13 @@ class Checkpointer:
             return Commit(started, self._groups.world.size, filled, source, documents, hf=self._form != "sharded", joined=joined)
 
         task, error = attempt(begin) if self._groups.world.rank == 0 else (None, None)
-        agree(error, f"preparing to save step {step}", self._groups)
-        shared = Attempt(self.root, step, share_json(task.attempt.id if task else None, self._groups))
-        return shared, self._sealing(task) if task else None
+        told = [task.attempt.id if task else None, describe_error(error) if error else None]
+        name, failure = share_json(told, self._groups)
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise UserError(f"{self._groups.grid.describe(0)} failed while preparing to save step {step}: {failure}")
+        return Attempt(self.root, step, name), self._sealing(task) if task else None
 
     def _head(self, step: int, state: Mapping[str, Any], validation_loss: float | None) -> Manifest:
         config = state.get("config", {}).get("model", {})
@@ -245,7 +332,7 @@ class Checkpointer:
         )
 
     def _sealing(self, task: Commit) -> Callable[[_Job], None]:
-        """What rank 0 does after its write: number and commit the checkpoint, then retention."""
+        """What rank 0 does after its write: number and commit the checkpoint, then choose which ones stay."""
 
         def seal(job: _Job) -> None:
             if self._sequence is None:
@@ -254,18 +341,28 @@ class Checkpointer:
             self._sequence += 1
             manifest = commit(replace(task, head=replace(task.head, sequence=self._sequence)), job.cancel, job.timed_out)
             self._known[job.task.final] = manifest
-            self._prune(job.task.step)
+            job.doomed = self._set_aside(job.task.step)
 
         return seal
 
-    def _prune(self, step: int) -> None:
+    def _set_aside(self, step: int) -> list[Path]:
+        """Older checkpoints that are not to stay lose their names; the folders to remove."""
         try:
-            removed = apply_retention(self.root, self._retention, self._known)
+            removed, doomed = apply_retention(self.root, self._retention, self._known)
         except OSError as error:
-            raise UserError(f"step {step} is saved, but an older checkpoint cannot be removed: {error}") from error
+            raise _cannot_remove(step, error) from error
         for path in removed:
             if self._report is not None:
                 self._report(f"removed checkpoint {path.name}: not among those to keep")
+        return doomed
+
+
+def _cannot_remove(step: int, error: OSError) -> UserError:
+    return UserError(f"step {step} is saved, but an older checkpoint cannot be removed: {error}")
+
+
+def _doing(job: _Job) -> str:
+    return f"saving step {job.task.step}"
 
 
 def _parted(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_llm.checkpoint.durable import write_durably
 from megatron_llm.checkpoint.entries import tiling_problem
 from megatron_llm.checkpoint.tensor_file import FileSeal, dtype_from_name
 from megatron_llm.utils.errors import UserError
@@ -69,8 +68,8 @@ def step_name(step: int) -> str:
 
 def parse_step(name: str) -> tuple[int, str] | None:
     """Step and suffix ('', '.tmp', '.replaced', '.deleted') of a checkpoint folder's name; None for other names."""
-    found = re.fullmatch(r"step_(\d+)(\.tmp|\.replaced|\.deleted)?", name)
-    return (int(found[1]), found[2] or "") if found else None
+    found = re.fullmatch(r"step_(\d+)(?:\.tmp|\.replaced)?(\.deleted)|step_(\d+)(\.tmp|\.replaced)?", name)
+    return (int(found[1] or found[3]), found[2] or found[4] or "") if found else None
 
 
 @dataclass(frozen=True)
@@ -194,10 +193,10 @@ def _record(key: str, data: Mapping[str, Any], files: Mapping[str, FileSeal]) ->
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and its digest into a checkpoint folder, durably."""
+    """Write the manifest and its digest into a checkpoint folder under way, whose files the caller will flush."""
     data = json.dumps(manifest.to_json(), separators=(",", ":")).encode()
-    write_durably(folder / MANIFEST, data)
-    write_durably(folder / MANIFEST_DIGEST, f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode())
+    (folder / MANIFEST).write_bytes(data)
+    (folder / MANIFEST_DIGEST).write_bytes(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

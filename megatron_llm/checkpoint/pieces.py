@@ -20,6 +20,7 @@ from threading import BoundedSemaphore, local
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ THREADS = 4  # enough requests under way for a fast disk, few enough not to crow
 _UNDER_WAY = 4 * THREADS
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _NO_DIRECT = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)  # of this file system, or of this memory
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def padded(size: int) -> int:
@@ -58,9 +60,35 @@ def bytes_of(memory: Tensor) -> memoryview:
     return memory.numpy().data
 
 
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """`target.copy_(source)`, on this thread alone where it is a plain copy of rows in host memory.
+
+    Torch would share it among a team of threads, which wait for each other: with several callers, or where other work keeps
+    the processors busy, that takes much longer.
+    """
+    alike = source.dtype == target.dtype and source.device.type == target.device.type == "cpu"
+    if alike and source.shape == target.shape and source.stride()[-1:] == target.stride()[-1:] == (1,):
+        number = _SAME_SIZE[source.dtype.itemsize]  # numpy has no bfloat16
+        np.copyto(target.detach().view(number).numpy(), source.detach().view(number).numpy())
+    else:
+        target.copy_(source)
+
+
 def piece_count(size: int) -> int:
     """How many pieces a file of `size` bytes has; an empty file has one, so that it has a digest."""
     return max(1, -(-size // PIECE))
+
+
+class PieceUnderWay:
+    """A piece that threads write and hash."""
+
+    def __init__(self, written: Future[None], hashed: Future[None]) -> None:
+        self._parts = written, hashed
+
+    def result(self) -> None:
+        """Wait until its memory is free again; the OSError of its write."""
+        for part in self._parts:
+            part.result()
 
 
 class PieceWriter:
@@ -75,7 +103,9 @@ class PieceWriter:
         self._digests = [hashlib.sha256().hexdigest()] * piece_count(size)
         self._under_way: list[Future[None]] = []
         self._room = BoundedSemaphore(_UNDER_WAY)
-        self._threads = ThreadPoolExecutor(min(THREADS, piece_count(size)), thread_name_prefix="pieces")
+        # The disk need not wait for a digest, so hashing has threads of its own and takes place while requests are under way.
+        self._writers = ThreadPoolExecutor(min(THREADS, piece_count(size)), thread_name_prefix="pieces")
+        self._hashers = ThreadPoolExecutor(min(THREADS, piece_count(size)), thread_name_prefix="digests")
         try:
             _allocate(self._file, size)
         except OSError:
@@ -88,8 +118,8 @@ class PieceWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def put(self, number: int, data: memoryview) -> Future[None]:
-        """Write and hash a piece on a thread; `data`, of its length padded, must stay as it is until that is done.
+    def put(self, number: int, data: memoryview) -> "PieceUnderWay":
+        """Write and hash a piece on threads; `data`, of its length padded, must stay as it is until both are done.
 
         Waits while many pieces are under way: a process that is told to stop ends soon, and a full disk is noticed.
         """
@@ -101,13 +131,14 @@ class PieceWriter:
                     future.result()
                 else:
                     waiting.append(future)
-            future = self._threads.submit(self._write_piece, number, data)
+            written = self._writers.submit(self._write_piece, number, data)
         except BaseException:
             self._room.release()
             raise
-        future.add_done_callback(lambda _: self._room.release())
-        self._under_way = [*waiting, future]
-        return future
+        written.add_done_callback(lambda _: self._room.release())
+        hashed = self._hashers.submit(self._hash_piece, number, data)
+        self._under_way = [*waiting, written, hashed]
+        return PieceUnderWay(written, hashed)
 
     def close(self) -> list[str]:
         """Wait for all pieces, flush to the disk itself, close; returns the SHA-256 (hex) of each piece in order."""
@@ -119,15 +150,18 @@ class PieceWriter:
         self._end()
         return self._digests
 
+    def _hash_piece(self, number: int, data: memoryview) -> None:
+        self._digests[number] = hashlib.sha256(data[: min(PIECE, self._size - number * PIECE)]).hexdigest()
+
     def _write_piece(self, number: int, data: memoryview) -> None:
         start = number * PIECE
-        self._digests[number] = hashlib.sha256(data[: min(PIECE, self._size - start)]).hexdigest()
         while data:
             count = _with_fallback(self._file, lambda: os.pwrite(self._file, data, start))  # noqa: B023 - called at once
             data, start = data[count:], start + count
 
     def _end(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+        self._hashers.shutdown(cancel_futures=True)
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_llm.checkpoint.bin_file import open_tensors
 from megatron_llm.checkpoint.entries import overlap, split_flat_range
 from megatron_llm.checkpoint.manifest import DamagedCheckpoint
-from megatron_llm.checkpoint.pieces import PIECE, PieceMemory, PieceReader, bytes_of, in_threads, piece_count
+from megatron_llm.checkpoint.pieces import PIECE, PieceMemory, PieceReader, bytes_of, copy_values, in_threads, piece_count
 from megatron_llm.checkpoint.tensor_file import FileSeal, dtype_from_code
 
 _OPEN_FILES = 32
@@ -144,7 +144,7 @@ class _Part:
                 at, shape = shared
                 source = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, piece.start, shape, strict=True))
                 target = tuple(slice(a - b, a - b + n) for a, b, n in zip(at, wanted.start, shape, strict=True))
-                wanted.target[target].copy_(piece.view(values)[source])
+                copy_values(wanted.target[target], piece.view(values)[source])
 
 
 def read_files(files: Sequence[FileWants]) -> None:

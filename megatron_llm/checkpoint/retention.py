@@ -1,14 +1,15 @@
 """Which checkpoints to keep: the last N, every K steps, the best; and the removal of the others.
 
 Only complete checkpoints are counted, so a damaged one never takes the place of a good one, and the newest complete
-one is kept whatever the settings. Removal starts with a rename: a half-removed folder has a name nobody loads.
+one is kept whatever the settings. Removal starts with a rename: a half-removed folder has a name nobody loads. What comes
+after it has time, and takes some: a file system may wait for the disk while it frees the space of large files.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llm.checkpoint.durable import remove_folder
+from megatron_llm.checkpoint.durable import set_aside
 from megatron_llm.checkpoint.manifest import DELETED, REPLACED, TEMPORARY, DamagedCheckpoint, Manifest, parse_step, read_manifest, step_name
 
 
@@ -51,20 +52,22 @@ def complete_checkpoints(root: Path) -> dict[Path, Manifest]:
     return found
 
 
-def apply_retention(root: Path, policy: Retention, known: dict[Path, Manifest]) -> list[Path]:
-    """Remove the checkpoints in `known` that the policy does not keep; returns them. Called right after a save succeeded.
+def apply_retention(root: Path, policy: Retention, known: dict[Path, Manifest]) -> tuple[list[Path], list[Path]]:
+    """Set the checkpoints in `known` aside that the policy does not keep. Called right after a save succeeded.
 
-    Also removes what killed saves and removals left behind (one run writes into a root, so nothing else is under way).
-    `known` holds the complete checkpoints under the root and is brought up to date. Damaged folders stay.
+    Returns them, and all folders that are now to be removed (`durable.remove_folder`). Among these is also what killed saves
+    and removals left behind (one run writes into a root, so nothing else is under way). `known` holds the complete
+    checkpoints under the root and is brought up to date. Damaged folders stay.
     """
+    doomed = []
     for path in sorted(root.iterdir()):
         named = parse_step(path.name)
         if named and (named[1] in (TEMPORARY, DELETED) or (named[1] == REPLACED and (root / step_name(named[0])).exists())):
-            remove_folder(path)
+            doomed.append(set_aside(path))
     kept = policy.kept(list(known.values()))
     removed = [path for path, manifest in known.items() if manifest.sequence not in kept]
     for path in removed:
         del known[path]
         if path.exists():
-            remove_folder(path)
-    return removed
+            doomed.append(set_aside(path))
+    return removed, doomed

@@ -10,7 +10,7 @@ The ranks meet through the folder, not through collectives, so both halves also 
 In the sharded form a rank writes one file, rank_r.safetensors. In the Hugging Face form it writes whole weights to a
 file named as transformers names them, and what it holds of the optimizer to optimizer/rank_r.safetensors.
 
-Every file is flushed to the disk before the name that vouches for it appears. A crash at any instant leaves step_N.tmp,
+Every file of the checkpoint is flushed to the disk before the folder has its name. A crash at any instant leaves step_N.tmp,
 which is never loaded, or step_N whole. `rank_r.json` carries the attempt's random id, so what an earlier, killed save
 left behind cannot be mistaken for this one's.
 """
@@ -18,7 +18,6 @@ left behind cannot be mistaken for this one's.
 import errno
 import json
 import math
-import os
 import secrets
 import shutil
 import time
@@ -30,12 +29,13 @@ from threading import Event
 from typing import Any
 
 from megatron_llm.checkpoint.contents import METADATA, FileContents
-from megatron_llm.checkpoint.durable import move_folder, remove_folder, replace_file, write_aside, write_durably
+from megatron_llm.checkpoint.durable import aside_of, flush, move_folder, remove_folder, replace_file, write_aside, write_at_once
 from megatron_llm.checkpoint.hf_folder import INDEX, is_model_file, tokenizer_files
 from megatron_llm.checkpoint.joined import join_weights
 from megatron_llm.checkpoint.manifest import (
     LATEST,
-    OPTIMIZER_FOLDER,
+    MANIFEST,
+    MANIFEST_DIGEST,
     REPLACED,
     TEMPORARY,
     TOKENIZER,
@@ -46,10 +46,10 @@ from megatron_llm.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, dtype_from_name, seal_bytes, seal_file, write_image
-from megatron_llm.utils.atomic import fsync_dir
 from megatron_llm.utils.errors import UserError
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.001, 0.05  # between the first looks for a record, and the last ones
+_BUFFERS = 8  # pieces of memory of a save in the foreground: what the disk and the hashing are busy with, and the next ones
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -117,7 +117,8 @@ def _write_rank(attempt: Attempt, rank: int, files: Sequence[FileContents]) -> N
         file.enter(tensors)
         seals[file.name] = {"size": seal.size, "sha256": seal.sha256}
     record_data = {"attempt": attempt.id, "files": seals, "tensors": tensors}
-    write_durably(_record_path(attempt, rank), json.dumps(record_data).encode())
+    # Not flushed: it vouches to rank 0 for what is, and a crash of the machine ends the attempt whatever is in it.
+    write_at_once(_record_path(attempt, rank), json.dumps(record_data).encode())
 
 
 def _write_file(folder: Path, file: FileContents) -> FileSeal:
@@ -126,7 +127,7 @@ def _write_file(folder: Path, file: FileContents) -> FileSeal:
         path.parent.mkdir(exist_ok=True)
     if file.image is not None:
         return write_image(path, file.image, file.layout.size)
-    with TensorFileWriter(path, file.specs, METADATA) as writer:
+    with TensorFileWriter(path, file.specs, METADATA, buffers=_BUFFERS) as writer:
         for entry, spec in zip(file.entries, file.specs, strict=True):
             writer.write(spec.name, entry.tensor)
         return writer.close()
@@ -166,17 +167,18 @@ def commit(task: Commit, cancel: Event, give_up: Callable[[], bool]) -> Manifest
         manifest = replace(task.head, **_merge(records), saved_at=datetime.now(UTC).isoformat(timespec="seconds"))
         if task.joined is not None:
             manifest = join_weights(attempt.temporary, task.joined, manifest)
-        manifest = replace(manifest, files={**manifest.files, **_write_documents(task, manifest)})
+        small = _write_documents(task, manifest)
         if task.tokenizer is not None:
             target = attempt.temporary if task.hf else attempt.temporary / TOKENIZER
-            manifest = replace(manifest, files={**manifest.files, **_copy_tokenizer(task.tokenizer, target, attempt.temporary)})
+            small |= _copy_tokenizer(task.tokenizer, target, attempt.temporary)
+        manifest = replace(manifest, files={**manifest.files, **small})
         for rank in range(task.world_size):
             _record_path(attempt, rank).unlink()
         write_manifest(attempt.temporary, Manifest.from_json(manifest.to_json()))
-        if (attempt.temporary / OPTIMIZER_FOLDER).is_dir():
-            fsync_dir(attempt.temporary / OPTIMIZER_FOLDER)
-        fsync_dir(attempt.temporary)
-        _install(attempt)
+        aside = write_aside(attempt.root / LATEST, f"{attempt.final.name}\n".encode())  # what needs space comes before the renames
+        folders = {(attempt.temporary / name).parent for name in (MANIFEST, *manifest.files)}
+        flush([aside, *(attempt.temporary / name for name in (*small, MANIFEST, MANIFEST_DIGEST)), *sorted(folders)])
+        _install(attempt, aside)
     except OSError as error:
         abandon(attempt)
         raise UserError(save_error(attempt, error)) from error
@@ -187,13 +189,14 @@ def commit(task: Commit, cancel: Event, give_up: Callable[[], bool]) -> Manifest
 
 
 def abandon(attempt: Attempt) -> None:
-    """Remove what an unfinished attempt wrote; nothing when it is gone already."""
+    """Rank 0: remove what an unfinished attempt wrote; nothing when it is gone already."""
+    aside_of(attempt.root / LATEST).unlink(missing_ok=True)
     if attempt.temporary.exists():
         remove_folder(attempt.temporary)
 
 
 def _await_record(attempt: Attempt, rank: int, cancel: Event, give_up: Callable[[], bool]) -> dict[str, Any]:
-    path = _record_path(attempt, rank)
+    path, (pause, longest) = _record_path(attempt, rank), _POLL_SECONDS
     while True:
         asked_to_stop = cancel.is_set() or give_up()  # asked before the last look, so that a late file still counts
         if path.exists():
@@ -202,7 +205,8 @@ def _await_record(attempt: Attempt, rank: int, cancel: Event, give_up: Callable[
                 return record
         if asked_to_stop:
             raise UserError(f"step {attempt.step} is not saved: the file of rank {rank} did not appear in {attempt.temporary}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.5 * pause, longest)
 
 
 def _merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -232,7 +236,7 @@ def _write_documents(task: Commit, manifest: Manifest) -> dict[str, FileSeal]:
     seals = {}
     for name, content in documents.items():
         data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-        write_durably(task.attempt.temporary / name, data)
+        (task.attempt.temporary / name).write_bytes(data)
         seals[name] = seal_bytes(data)
     return seals
 
@@ -243,17 +247,12 @@ def _copy_tokenizer(source: Path, target: Path, folder: Path) -> dict[str, FileS
     seals = {}
     for path in tokenizer_files(source):
         shutil.copyfile(path, target / path.name)
-        with open(target / path.name, "rb") as file:
-            os.fsync(file.fileno())
         seals[str((target / path.name).relative_to(folder))] = seal_file(target / path.name)
-    fsync_dir(target)
     return seals
 
 
-def _install(attempt: Attempt) -> None:
-    """Give the finished folder its name, then point `latest` at it."""
-    latest = attempt.root / LATEST
-    aside = write_aside(latest, f"{attempt.final.name}\n".encode())  # whatever needs space comes before the renames
+def _install(attempt: Attempt, aside: Path) -> None:
+    """Give the finished folder its name, then point `latest` at it, whose content is `aside`."""
     replaced = attempt.root / (step_name(attempt.step) + REPLACED)
     if attempt.final.exists():  # the step was saved before: keep the old one until the new one has the name
         if replaced.exists():
@@ -262,4 +261,4 @@ def _install(attempt: Attempt) -> None:
     move_folder(attempt.temporary, attempt.final)
     if replaced.exists():
         remove_folder(replaced)
-    replace_file(aside, latest)
+    replace_file(aside, attempt.root / LATEST)

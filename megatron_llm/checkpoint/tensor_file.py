@@ -8,8 +8,7 @@ that go to the file, so that a file need not be read again to be sealed.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,17 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_llm.checkpoint.pieces import PIECE, PieceWriter, bytes_of, host_memory, padded, piece_count, read_digests
+from megatron_llm.checkpoint.pieces import (
+    PIECE,
+    PieceUnderWay,
+    PieceWriter,
+    bytes_of,
+    copy_values,
+    host_memory,
+    padded,
+    piece_count,
+    read_digests,
+)
 
 _CODES = {
     torch.float64: "F64",
@@ -138,19 +147,22 @@ def write_image(path: Path, image: Tensor, size: int) -> FileSeal:
 class TensorFileWriter:
     """One safetensors file under way: give the specs, then write each tensor in their order, then `close`.
 
-    Tensors are copied, wherever they are, into a few pieces of host memory, which threads hash and write meanwhile.
+    Tensors are copied, wherever they are, into `buffers` pieces of host memory, which threads hash and write meanwhile:
+    fewer of them take less memory, and keep the disk less busy.
     As a context manager it closes the file descriptor on errors too; the partial file is the caller's to remove.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None, *, buffers: int = _BUFFERS
+    ) -> None:
         layout = file_layout(specs, metadata)
         self._waiting = list(reversed(specs))
         self._total, self._size = layout.size, 0
         piece = min(PIECE, padded(layout.size))
-        buffers = min(_BUFFERS, piece_count(layout.size))
+        buffers = min(buffers, piece_count(layout.size))
         memory = host_memory(piece * buffers)
         self._buffers = [memory[piece * number : piece * (number + 1)] for number in range(buffers)]
-        self._written: list[Future[None] | None] = [None] * buffers
+        self._written: list[PieceUnderWay | None] = [None] * buffers
         self._file = PieceWriter(path, layout.size)
         try:
             self._put(torch.frombuffer(bytearray(layout.header), dtype=torch.uint8))
@@ -172,6 +184,18 @@ class TensorFileWriter:
         if tensor.numel():
             self._put(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
+    def write_rows(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor, given in blocks of its rows in their order; ValueError when together they are another."""
+        spec, rows = self._waiting.pop(), 0
+        for block in blocks:
+            if (name, block.dtype, tuple(block.shape[1:])) != (spec.name, spec.dtype, spec.shape[1:]):
+                raise ValueError(f"expected rows of tensor {spec}, got {name} {block.dtype} {tuple(block.shape)}")
+            rows += len(block)
+            if rows <= spec.shape[0] and block.numel():
+                self._put(block.detach().contiguous().view(-1).view(torch.uint8))
+        if name != spec.name or spec.shape[:1] != (rows,):
+            raise ValueError(f"expected tensor {spec}, got {name} of {rows} rows")
+
     def close(self) -> FileSeal:
         """Flush to the disk itself, close, and return the size and digests of what was written."""
         if self._waiting:
@@ -188,7 +212,7 @@ class TensorFileWriter:
             if not filled and before is not None:
                 before.result()  # the piece that was in this memory is on its way no longer
             count = min(len(data) - taken, PIECE - filled)
-            self._buffers[turn][filled : filled + count].copy_(data[taken : taken + count])
+            copy_values(self._buffers[turn][filled : filled + count], data[taken : taken + count])
             taken, self._size = taken + count, self._size + count
             if filled + count == PIECE or self._size == self._total:
                 written = padded(filled + count)

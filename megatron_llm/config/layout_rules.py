@@ -185,6 +185,40 @@ def zero_bubble_needs_eager(config: RunConfig, world_size: int) -> str | None:
     return "pipeline_schedule zero-bubble splits the backward, which compile makes one: turn compile off, or use 1f1b"
 
 
+def compile_mode_needs_compile(config: RunConfig, world_size: int) -> str | None:
+    """A mode of the compiler has an effect only with compile."""
+    mode = config.train.compile_mode
+    if mode == "default" or config.train.compile:
+        return None
+    return f"compile_mode {mode} has an effect only with compile: turn compile on, or leave the mode out"
+
+
+def cuda_graphs_need_one_stage(config: RunConfig, world_size: int) -> str | None:
+    """Recorded kernels write each output where the last one was, which a pipeline may still be sending."""
+    mode, stages = config.train.compile_mode, config.parallel.pipeline_model_parallel_size
+    if not _records_graphs(config) or stages <= 1:
+        return None
+    return (
+        f"compile_mode {mode} records CUDA graphs, whose outputs the next micro-batch overwrites, and {stages} pipeline stages keep "
+        f"several micro-batches at a time: use default or max-autotune-no-cudagraphs, or pipeline_model_parallel_size 1"
+    )
+
+
+def cuda_graphs_need_no_dropout(config: RunConfig, world_size: int) -> str | None:
+    """Recorded kernels draw the same numbers again, and each micro-batch's dropout has a seed of its own."""
+    model = config.model
+    if not _records_graphs(config) or max(model.attention_dropout, model.hidden_dropout) <= 0:
+        return None
+    return (
+        f"compile_mode {config.train.compile_mode} records CUDA graphs, which cannot take a new seed for each micro-batch's dropout: "
+        f"use default or max-autotune-no-cudagraphs, or turn attention_dropout and hidden_dropout off"
+    )
+
+
+def _records_graphs(config: RunConfig) -> bool:
+    return config.train.compile and config.train.compile_mode in ("reduce-overhead", "max-autotune")
+
+
 def backend_fits_device(config: RunConfig, world_size: int) -> str | None:
     """NCCL moves GPU memory only, shared memory CPU memory only."""
     backend, device = config.parallel.distributed_backend, config.parallel.device
@@ -231,5 +265,8 @@ LAYOUT_RULES = (
     schedule_fits_chunks,
     zero_bubble_needs_pipeline,
     zero_bubble_needs_eager,
+    compile_mode_needs_compile,
+    cuda_graphs_need_one_stage,
+    cuda_graphs_need_no_dropout,
     backend_fits_device,
 )

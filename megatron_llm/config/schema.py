@@ -203,6 +203,12 @@ class TrainConfig:
     seed: int = option(1234, "seed of weights, dropout and data order", bounds=SEED)
     bf16: bool = option(False, "bfloat16 parameters with fp32 main copy")
     fp16: bool = option(False, "float16 parameters with fp32 main copy and dynamic loss scaling")
+    fp8: str = option(
+        "none",
+        "tensorwise: the linear layers of the blocks multiply in 8 bits, e4m3 forward and e5m2 for gradients, with one scale a "
+        "tensor; weights keep their type. Needs a GPU of compute capability 8.9 (Ada, Hopper); CPUs emulate it, slowly",
+        choices=("none", "tensorwise"),
+    )
     recompute_granularity: str = option(
         "none",
         "recompute activations in the backward: selective is the attention core, full is whole blocks",
@@ -212,6 +218,12 @@ class TrainConfig:
     exit_duration_in_mins: float | None = option(None, "save and leave after this many minutes", bounds=POSITIVE)
     exit_interval: int | None = option(None, "save and leave after a step that is a multiple of this", bounds=COUNT)
     compile: bool = option(False, "torch.compile the layers of a stage as one graph: a minute at the start, faster steps after it")
+    compile_mode: str = option(
+        "default",
+        "torch.compile's mode. On a GPU reduce-overhead records CUDA graphs, whose kernels start at once: for small micro-batches; "
+        "max-autotune also tries several kernels for each product, for minutes",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     kernels: str = option(
         "auto",
         "fused: the C++ (CPU) or Triton (GPU) forms of norms, loss, optimizer ..., an error where they are missing; torch: plain "

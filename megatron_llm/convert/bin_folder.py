@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_llm.convert.pickles import PickleFile
-from megatron_llm.convert.raw_tensors import read_json
+from megatron_llm.convert.raw_tensors import file_by_key
 from megatron_llm.convert.source import TensorInfo
 from megatron_llm.utils.errors import UserError
 
@@ -32,7 +32,7 @@ class BinFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        mapped = _index(path)
+        mapped = file_by_key(path, BIN_INDEX)
         self.files = sorted(set(mapped.values())) if mapped is not None else _unindexed(path)
         self._file_of: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
@@ -85,18 +85,6 @@ def _infos(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{path} holds {key!r}, which is not a plain tensor with a name: save the weights alone")
         found[key] = TensorInfo(value.dtype, tuple(value.shape))
     return found
-
-
-def _index(path: Path) -> dict[str, str] | None:
-    if not (path / BIN_INDEX).is_file():
-        return None
-    mapped = read_json(path / BIN_INDEX).get("weight_map")
-    if not isinstance(mapped, dict) or not all(isinstance(name, str) and Path(name).name == name for name in mapped.values()):
-        raise UserError(f"{path / BIN_INDEX} has no weight_map from keys to names of files beside it")
-    missing = sorted(name for name in set(mapped.values()) if not (path / name).is_file())
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing[:5])}, which {BIN_INDEX} names: download or copy the missing files")
-    return mapped
 
 
 def _unindexed(path: Path) -> list[str]:

@@ -13,11 +13,12 @@ from megatron_llm.convert.bin_folder import BinFolder
 from megatron_llm.convert.compare import info_bytes
 from megatron_llm.convert.open import open_source, recognise
 from megatron_llm.convert.pickles import check_pickle
-from megatron_llm.convert.raw_tensors import TensorFolder, read_json
+from megatron_llm.convert.raw_tensors import TensorFolder
 from megatron_llm.convert.report import REPORT, sealed_files
 from megatron_llm.convert.seals import SealCheck
 from megatron_llm.convert.source import TensorInfo, WeightSource
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 from megatron_llm.utils.progress import track
 
 

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from megatron_llm.checkpoint.exchange import attempt
+from megatron_llm.checkpoint.streamed import meta_parameters, stream_weights
 from megatron_llm.config.schema import ModelConfig
 from megatron_llm.convert.checked import RoundedWeights
-from megatron_llm.convert.raw_tensors import TensorFolder, read_json
+from megatron_llm.convert.raw_tensors import TensorFolder
 from megatron_llm.convert.source import WeightSource
-from megatron_llm.convert.streamed import meta_parameters, stream_weights
 from megatron_llm.convert.verify import Judge
 from megatron_llm.kernels.dispatch import torch_kernels
 from megatron_llm.models.causal_lm import ModelChunk, ModelOptions
 from megatron_llm.models.registry import get_family
 from megatron_llm.parallel.groups import single_process_groups
-from megatron_llm.parallel.layers import ParallelContext
 from megatron_llm.parallel.placement import get_placement
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 _OPENED_WHOLE = 50_000_000  # parameters; up to this size transformers' own loader opens a folder
 _NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -80,9 +80,9 @@ def our_logits(config: ModelConfig, weights: RoundedWeights, ids: Tensor) -> Ten
     family, groups = get_family(config.model), single_process_groups()
     table = family.table
     meta = replace(groups, device=torch.device("meta"))
-    model = ModelChunk(family, config, meta, torch_kernels(), ModelOptions(seed=0), range(config.num_layers))
+    options, layers = ModelOptions(seed=0), range(config.num_layers)
     # Tables of positions are no weights: they have to be real.
-    model._add_positions(ParallelContext(groups.tp, False, groups.device, torch.float32, 0), first=True)
+    model = ModelChunk(family, config, meta, torch_kernels(), options, layers, positions_device=groups.device)
     rectangles = {name: table.rectangles(get_placement(parameter)) for name, parameter in model.named_parameters()}
 
     def fill(name: str, first: int, last: int, target: Tensor) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 from megatron_llm.checkpoint.hf_folder import CONFIG
 from megatron_llm.checkpoint.tensor_file import FileSeal
 from megatron_llm.config.schema import ModelConfig
-from megatron_llm.convert.raw_tensors import TensorFolder, read_json
+from megatron_llm.convert.raw_tensors import TensorFolder
 from megatron_llm.convert.report import REPORT, sealed_files
 from megatron_llm.convert.seals import SealCheck
 from megatron_llm.convert.source import TensorInfo, WeightSource
 from megatron_llm.models.layout import hf_shapes
 from megatron_llm.models.registry import get_family, model_config_from_hf
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 _BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.bias|attn\.masked_bias|"

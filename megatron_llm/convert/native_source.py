@@ -14,9 +14,10 @@ from megatron_llm.checkpoint.tensor_file import FileSeal, dtype_from_name
 from megatron_llm.checkpoint.whole_model import read_model_config
 from megatron_llm.config.schema import ModelConfig
 from megatron_llm.convert.hf_source import check_weights
-from megatron_llm.convert.raw_tensors import TensorFile, read_json
+from megatron_llm.convert.raw_tensors import TensorFile
 from megatron_llm.convert.seals import SealCheck
 from megatron_llm.convert.source import TensorInfo
+from megatron_llm.utils.json_files import read_json
 
 
 class NativeSource:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_llm.checkpoint.hf_folder import INDEX, SINGLE
 from megatron_llm.convert.source import TensorInfo
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -132,7 +133,7 @@ class TensorFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, TensorFile] = {}
-        mapped = _index(path)
+        mapped = file_by_key(path, INDEX)
         names = sorted(set(mapped.values())) if mapped is not None else _unindexed(path)
         for name in names:
             file = TensorFile(path / name)
@@ -166,30 +167,16 @@ class TensorFolder:
         """Nothing is held open between reads."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError when the file cannot be read or holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def _index(path: Path) -> dict[str, str] | None:
-    if not (path / INDEX).is_file():
+def file_by_key(path: Path, index: str) -> dict[str, str] | None:
+    """What an index of weight files says, all of which must be there; None without that index."""
+    if not (path / index).is_file():
         return None
-    mapped = read_json(path / INDEX).get("weight_map")
+    mapped = read_json(path / index).get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(name, str) and Path(name).name == name for name in mapped.values()):
-        raise UserError(f"{path / INDEX} has no weight_map from keys to names of files beside it")
+        raise UserError(f"{path / index} has no weight_map from keys to names of files beside it")
     missing = sorted(name for name in set(mapped.values()) if not (path / name).is_file())
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing[:5])}, which {INDEX} names: download or copy the missing files")
+        raise UserError(f"{path} lacks {', '.join(missing[:5])}, which {index} names: download or copy the missing files")
     return mapped
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llm.checkpoint.tensor_file import FileSeal, seal_file
-from megatron_llm.convert.raw_tensors import read_json
 from megatron_llm.utils.atomic import write_json
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 REPORT = "conversion_report.json"
 _DIGEST = "digest"

@@ -18,13 +18,13 @@ from megatron_llm.checkpoint.exchange import attempt
 from megatron_llm.checkpoint.hf_documents import model_documents, token_ids
 from megatron_llm.checkpoint.hf_folder import CONFIG, GENERATION_CONFIG, INDEX, index_json, plan_shards, shard_names, tokenizer_files
 from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, TensorSpec, dtype_name
-from megatron_llm.convert.raw_tensors import read_json
 from megatron_llm.convert.source import WeightSource
 from megatron_llm.convert.vocabulary_tokens import open_tokenizer
 from megatron_llm.data.chat_template import chat_template_hash, special_token_ids
 from megatron_llm.models.registry import get_family
 from megatron_llm.utils.atomic import write_json
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 from megatron_llm.utils.progress import Progress
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

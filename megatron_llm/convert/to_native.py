@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_llm import __version__
-from megatron_llm.checkpoint.durable import write_durably
 from megatron_llm.checkpoint.hf_folder import is_model_file
 from megatron_llm.checkpoint.manifest import LATEST, Chunk, Manifest, TensorRecord, step_name, write_manifest
 from megatron_llm.checkpoint.tensor_file import FileSeal, dtype_name, seal_file
@@ -36,7 +35,7 @@ def write_native(
     written = write_hf(source, folder, max_shard_bytes=max_shard_bytes, tokenizer=tokenizer, progress=progress)
     files = {path.name: written.seals.get(path.name) or seal_file(path) for path in sorted(folder.iterdir())}
     write_manifest(folder, _manifest(source, step, written, files))
-    write_durably(root / LATEST, f"{folder.name}\n".encode())
+    (root / LATEST).write_text(f"{folder.name}\n", encoding="ascii")
     return {f"{folder.name}/{name}": seal for name, seal in files.items()}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def tokenizer_settings_folder(tokenizer: Tokenizer) -> Path | None:
     return path if path.is_dir() else path.parent
 
 
+def begin_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the begin token that the settings beside a tokenizer's files name."""
+    folder = tokenizer_settings_folder(tokenizer)
+    return special_token_ids(folder, tokenizer.listed)["bos"] if folder is not None else None
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in reversed(_SETTINGS):
@@ -31,14 +38,17 @@ def _settings(folder: Path) -> dict[str, Any]:
     return merged
 
 
-def special_token_ids(folder: Path) -> dict[str, int | None]:
-    """`{"bos": id, "eos": id, "pad": id}` as the settings beside `tokenizer.json` name them; None where they name none."""
+def special_token_ids(folder: Path, known: Mapping[str, int] | None = None) -> dict[str, int | None]:
+    """`{"bos": id, "eos": id, "pad": id}` as the settings beside `tokenizer.json` name them; None where they name none.
+
+    `known` is what that file lists, for callers who have read it.
+    """
     settings = _settings(folder)
     tokens = {role: settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     if not (folder / "tokenizer.json").is_file() or not any(tokens.values()):
         return dict.fromkeys(tokens)
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
-    ids = _ids_by_token(folder / "tokenizer.json")
+    ids = known if known is not None else _ids_by_token(folder / "tokenizer.json")
     return {role: ids.get(text) if text is not None else None for role, text in texts.items()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -74,43 +75,48 @@ class BlockEncoder:
         self._recipe = recipe
         self._encoder = encoder
         self._dtype = token_dtype(recipe.vocab_size)
-        self._end = [np.array([recipe.eod_id], np.int32)] if recipe.eod_id is not None else []
 
     def __call__(self, block: Block) -> EncodedBlock:
         records = parse_block(block, self._recipe.keys)
         encoded: dict[str, EncodedTexts] = {}
         empty = 0
         for key, texts in records.texts.items():
-            encoded[key] = self._encode(texts)
+            encoded[key] = self._whole(texts) if self._recipe.splitter is None else self._cut(texts, self._recipe.splitter)
             empty += len(texts) - len(encoded[key].sequences)
         return EncodedBlock(block.file, block.path, block.unit, block.end, block.consumed, records.lines, encoded, empty, records.bad)
 
-    def _encode(self, texts: Sequence[str]) -> EncodedTexts:
-        pieces: list[NDArray[Any]] = []
-        lengths: list[int] = []
-        sequences: list[int] = []
-        for document in self._documents(texts):
-            if not document:
-                continue
-            pieces += document
-            pieces += self._end
-            lengths += [ids.size for ids in document]
-            lengths[-1] += len(self._end)
-            sequences.append(len(document))
-        return EncodedTexts(self._join(pieces), np.array(lengths, np.int32), np.array(sequences, np.int32))
+    def _whole(self, texts: Sequence[str]) -> EncodedTexts:
+        """Each text a sequence."""
+        documents = [ids for ids in self._encoder([text for text in texts if text and not text.isspace()]) if ids.size]
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        pieces = documents
+        if documents and self._recipe.eod_id is not None:
+            pieces = [self._end(documents)] * (2 * len(documents))
+            pieces[::2] = documents
+            lengths += 1
+        return EncodedTexts(self._join(pieces), lengths, np.ones(len(documents), np.int32))
+
+    def _cut(self, texts: Sequence[str], splitter: SentenceSplitter) -> EncodedTexts:
+        """Each sentence a sequence."""
+        sentences = [splitter.split(text) for text in texts]
+        encoded = iter(self._encoder([sentence for group in sentences for sentence in group]))
+        documents = [ids for ids in ([one for one in islice(encoded, len(group)) if one.size] for group in sentences) if ids]
+        lengths = np.array([ids.size for document in documents for ids in document], np.int32)
+        sequences = np.array([len(document) for document in documents], np.int32)
+        if documents and self._recipe.eod_id is not None:
+            for document in documents:
+                document.append(self._end(document))
+            lengths[np.cumsum(sequences) - 1] += 1
+        return EncodedTexts(self._join([ids for document in documents for ids in document]), lengths, sequences)
+
+    def _end(self, ids: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """The end-of-document id, in the type of these."""
+        return np.array([self._recipe.eod_id], ids[0].dtype)
 
     def _join(self, pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
         ids: NDArray[Any] = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
         # An id outside the vocabulary must not wrap around before the writer checks it.
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self._recipe.vocab_size):
+        least = int(ids.min()) if ids.size and ids.dtype.kind == "i" else 0
+        if ids.size and (least < 0 or int(ids.max()) >= self._recipe.vocab_size):
             return ids
         return ids.astype(self._dtype, copy=False)
-
-    def _documents(self, texts: Sequence[str]) -> list[list[NDArray[Any]]]:
-        """The ids of the sequences of each text, those that have any; texts that have none may be left out."""
-        splitter = self._recipe.splitter
-        if splitter is None:
-            return [[ids] for ids in self._encoder([text for text in texts if text and not text.isspace()]) if ids.size]
-        pieces = [splitter.split(text) for text in texts]
-        encoded = iter(self._encoder([piece for group in pieces for piece in group]))
-        return [[ids for ids in (next(encoded) for _ in group) if ids.size] for group in pieces]

@@ -20,6 +20,7 @@ from megatron_llm.data.indexed import DTYPE_CODES, MAGIC, VERSION, bin_path, idx
 from megatron_llm.data.sidecar import sidecar_path
 from megatron_llm.utils.atomic import fsync_dir, make_folder, write_error
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.writeback import WriteBehind
 
 _CODES = {name: code for code, name in DTYPE_CODES.items()}
 _PIECE = 1 << 16
@@ -52,6 +53,7 @@ class IndexedWriter:
         self._tokens = self._open(bin_path(self.prefix), self.marks.tokens * self.dtype.itemsize)
         self._lengths = self._open(self._lengths_path, self.marks.sequences * 4)
         self._documents = self._open(self._documents_path, self.marks.documents * 8)
+        self._behind = WriteBehind(self._tokens, self.marks.tokens * self.dtype.itemsize)
 
     def _open(self, path: Path, size: int) -> IO[bytes]:
         try:
@@ -95,6 +97,7 @@ class IndexedWriter:
         except OSError as error:
             raise write_error(self.prefix, error) from error
         self.marks = Marks(self.marks.tokens + ids.size, self.marks.sequences + lengths.size, self.marks.documents + sequences.size)
+        self._behind.added(self.marks.tokens * self.dtype.itemsize)
 
     def flush(self) -> Marks:
         """Force everything added so far to the disk; returns the marks to resume at."""
@@ -113,9 +116,10 @@ class IndexedWriter:
 
     def finish(self) -> None:
         """Write `<prefix>.idx` and force it to the disk. The writer is closed; its side files are the caller's to remove."""
-        self.flush()
-        self.close()
         try:
+            self._tokens.flush()
+            os.fsync(self._tokens.fileno())
+            self.close()  # the side files need not outlast a crash any more
             with open(idx_path(self.prefix), "wb") as stream:
                 self._write_index(stream)
                 stream.flush()

@@ -10,34 +10,25 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 
 from megatron_llm import __version__
-from megatron_llm.data import encoder
-from megatron_llm.data.chat_template import chat_template_hash, special_token_ids, tokenizer_settings_folder
-from megatron_llm.data.encoder import BlockEncoder, EncodedBlock, EncoderRecipe
+from megatron_llm.data.chat_template import begin_id, chat_template_hash, tokenizer_settings_folder
+from megatron_llm.data.encoder import EncodedBlock, EncoderRecipe
+from megatron_llm.data.encoding import Encoding, GigatokenEncoding, OtherIdsError, proof_sample
 from megatron_llm.data.indexed import token_dtype
 from megatron_llm.data.indexed_writer import Marks
 from megatron_llm.data.journal import Counts, Entry
 from megatron_llm.data.preprocess_output import WorkFolder
+from megatron_llm.data.preprocess_plan import WorkPlan, plan_work
 from megatron_llm.data.preprocess_settings import PreprocessSettings
 from megatron_llm.data.records import iterate_texts
 from megatron_llm.data.sentences import SentenceSplitter, build_splitter
 from megatron_llm.data.sidecar import Sidecar
-from megatron_llm.data.sources import BLOCK_BYTES, Block, InputFile, Position, describe, find_inputs, read_blocks, sample_blocks
-from megatron_llm.data.tokenizer_backends import (
-    SAMPLE_FIRST,
-    SAMPLE_OTHERS,
-    SAMPLE_PLACES,
-    BackendRecipe,
-    LibraryEncoder,
-    gigatoken_candidate,
-    hard_block,
-)
+from megatron_llm.data.sources import Block, InputFile, Position, block_size, describe, read_blocks
+from megatron_llm.data.tokenizer_backends import BackendRecipe, gigatoken_candidate
 from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_llm.data.worker_pool import WorkerPool, start_server
-from megatron_llm.utils.compressed import is_compressed
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.progress import Progress
 
@@ -53,68 +44,46 @@ class PreprocessSummary:
     bad: int
 
 
-def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
-    """Make the datasets, going on where a killed run with the same settings and input stopped."""
-    settings.check()
-    files = find_inputs(settings.input)
-    size = sum(file.size for file in files)
-    workers = len(os.sched_getaffinity(0)) if settings.workers is None else settings.workers
-    small = size < BLOCK_BYTES and not any(is_compressed(file.path) for file in files)
-    if small:
-        workers = 0  # a single block: starting processes would take longer than the work
-    if workers:
-        start_server(encoder.__name__)
+def preprocess(settings: PreprocessSettings, plan: WorkPlan | None = None) -> PreprocessSummary:
+    """Make the datasets, going on where a killed run with the same settings and input stopped.
+
+    `plan` is what `plan_work` gave for the settings, when that has been asked already.
+    """
+    plan = plan if plan is not None else plan_work(settings)
     tokenizer = build_tokenizer(*settings.tokenizer)
     if settings.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"--append-eod: the {tokenizer.kind} {tokenizer.model} has no end-of-document token; leave the flag out or use another"
         )
-    with Progress("preprocessing", size, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
-        progress.say(f"input: {describe(files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers or 'no'} workers")
-        splitter = _splitter(settings, files, progress)
-        end = tokenizer.eod_id if settings.append_eod else None
-        recipe = EncoderRecipe(BackendRecipe(settings.tokenizer), settings.json_keys, tokenizer.vocab_size, end, splitter)
-        wanted = "library" if small and settings.tokenizer_backend == "auto" else settings.tokenizer_backend
-        with _pool(recipe, workers, wanted, tokenizer, files, progress) as pool:
-            return _Run(settings, files, tokenizer, splitter, progress).execute(pool)
+    with Progress("preprocessing", plan.size, unit="B", every=None if settings.log_interval is None else float("inf")) as progress:
+        workers = f"{plan.workers or 'no'} workers"
+        progress.say(f"input: {describe(plan.files)}; {tokenizer.kind}, vocabulary {tokenizer.vocab_size}; {workers}")
+        splitter = _splitter(settings, plan.files, progress)
+        return _encode(settings, plan, tokenizer, splitter, progress)
 
 
-def _pool(
-    recipe: EncoderRecipe, workers: int, wanted: str, tokenizer: Tokenizer, files: Sequence[InputFile], progress: Progress
-) -> WorkerPool[Block, EncodedBlock]:
-    """Workers that encode with gigatoken where that comes to the ids of the tokenizer's own library, and with that elsewhere."""
+def _encode(
+    settings: PreprocessSettings, plan: WorkPlan, tokenizer: Tokenizer, splitter: SentenceSplitter | None, progress: Progress
+) -> PreprocessSummary:
+    """With gigatoken where that comes to the ids of the tokenizer's own library, and with that elsewhere."""
+    wanted = "library" if plan.small and settings.tokenizer_backend == "auto" else settings.tokenizer_backend
+    end = tokenizer.eod_id if settings.append_eod else None
+    recipe = EncoderRecipe(BackendRecipe(settings.tokenizer), settings.json_keys, tokenizer.vocab_size, end, splitter)
     candidate = gigatoken_candidate(tokenizer, wanted)
-    refusal: str | None = candidate.refusal
+    refusal = candidate.refusal
     if candidate.tokenizer_json is not None:
-        quick = replace(recipe, backend=BackendRecipe(recipe.backend.tokenizer, candidate.tokenizer_json))
-        pool = WorkerPool[Block, EncodedBlock](quick, workers)
+        sample = proof_sample(plan.files, settings.json_keys)
         try:
-            pool.start()  # they get ready while the library does its part
-            refusal = _difference(pool, BlockEncoder(recipe, LibraryEncoder(tokenizer)), files)
-        except UserError as error:
+            with GigatokenEncoding(recipe, candidate.tokenizer_json, plan.workers, sample, tokenizer.library, progress.say) as encoding:
+                return _Run(settings, plan.files, tokenizer, splitter, progress).execute(encoding)
+        except OtherIdsError as error:
             refusal = str(error)
-        finally:
-            if refusal is not None:
-                pool.close()
-        if refusal is None:
-            progress.say(f"ids from gigatoken: equal to those of {tokenizer.library} in a sample of the input")
-            return pool
     if wanted == "gigatoken":
         raise UserError(f"--tokenizer-backend gigatoken: {refusal}; use auto or library")
     if wanted != "library":
         progress.say(f"ids from {tokenizer.library}: {refusal}")
-    return WorkerPool[Block, EncodedBlock](recipe, workers)
-
-
-def _difference(pool: WorkerPool[Block, EncodedBlock], library: BlockEncoder, files: Sequence[InputFile]) -> str | None:
-    """Where what the workers make of a sample differs from what the library makes of it; None where it does not."""
-    sample = [hard_block(library.keys), *sample_blocks(files, SAMPLE_FIRST, SAMPLE_OTHERS, SAMPLE_PLACES)]
-    expected = [library(block) for block in sample]
-    for block, wanted, given in zip(sample, expected, pool.map(sample), strict=True):
-        if not wanted.same_ids(given):
-            where = block.path or "texts that are hard to cut"
-            return f"gigatoken comes to other ids in {where}"
-    return None
+    with Encoding(recipe, plan.workers) as encoding:
+        return _Run(settings, plan.files, tokenizer, splitter, progress).execute(encoding)
 
 
 def _splitter(settings: PreprocessSettings, files: Sequence[InputFile], progress: Progress) -> SentenceSplitter | None:
@@ -154,8 +123,8 @@ class _Run:
         self._place = _Place()
         self._bad_shown = self._logged = 0
 
-    def execute(self, pool: WorkerPool[Block, EncodedBlock]) -> PreprocessSummary:
-        """Read, encode, write, put into place."""
+    def execute(self, encoding: Encoding) -> PreprocessSummary:
+        """Read, encode, write, put into place. OtherIdsError, with nothing left of this run, when `encoding` proves to be wrong."""
         with WorkFolder(self._settings.output_prefix, self._names, self._tokenizer.vocab_size, self._fingerprint(), self._files) as work:
             entry = work.entry
             if work.stale:
@@ -165,10 +134,17 @@ class _Run:
             if entry is not None and entry.finished:
                 work.publish()
                 return self._summary(entry.marks)
-            self._write(work, pool.map(self._blocks(entry)))
+            stamp = self._stamp()
+            try:
+                self._write(work, encoding, entry)
+                encoding.confirm()
+            except OtherIdsError:
+                if entry is None:
+                    work.remove()
+                raise
             marks = work.marks
             self._refuse_nothing(work, marks)
-            work.finish(self._starts[-1], self._counts, {key: self._sidecar(mark) for key, mark in marks.items()})
+            work.finish(self._starts[-1], self._counts, {key: replace(stamp, **asdict(mark)) for key, mark in marks.items()})
             return self._summary(marks)
 
     def _go_on(self, entry: Entry) -> None:
@@ -182,13 +158,14 @@ class _Run:
         first = entry.file if entry else 0
         for index in range(first, len(self._files)):
             start = entry.position if entry and index == first else Position()
-            yield from read_blocks(self._files[index], index, start)
+            yield from read_blocks(self._files[index], index, start, block_size(self._starts[-1]))
 
-    def _write(self, work: WorkFolder, results: Iterator[EncodedBlock]) -> None:
+    def _write(self, work: WorkFolder, encoding: Encoding, entry: Entry | None) -> None:
         committed = time.monotonic()
         added = False
         try:
-            for result in results:
+            for result in encoding.map(self._blocks(entry)):
+                encoding.look()
                 before = self._place.position.line if result.file == self._place.file else 0
                 self._report_bad(result, before)
                 work.add(result.texts)
@@ -197,12 +174,20 @@ class _Run:
                 self._count(result)
                 self._show()
                 if time.monotonic() - committed >= self._settings.resume_seconds:
+                    encoding.confirm()
                     self._commit(work)
                     committed = time.monotonic()
         except (UserError, KeyboardInterrupt):
-            if added:
+            if added and self._confirmed(encoding):
                 self._commit(work)
             raise
+
+    def _confirmed(self, encoding: Encoding) -> bool:
+        try:
+            encoding.confirm()
+        except (OtherIdsError, UserError):
+            return False
+        return True
 
     def _commit(self, work: WorkFolder) -> None:
         work.commit(self._place.file, self._place.position, self._place.consumed, self._counts)
@@ -241,7 +226,8 @@ class _Run:
                     f" {self._counts.bad} lines were bad; nothing was written"
                 )
 
-    def _sidecar(self, marks: Marks) -> Sidecar:
+    def _stamp(self) -> Sidecar:
+        """The sidecar but for its counts."""
         tokenizer = self._tokenizer
         folder = tokenizer_settings_folder(tokenizer)
         return Sidecar(
@@ -251,11 +237,11 @@ class _Run:
             tokenizer_fingerprint=tokenizer.fingerprint,
             eod_id=tokenizer.eod_id,
             append_eod=self._settings.append_eod,
-            documents=marks.documents,
-            sequences=marks.sequences,
-            tokens=marks.tokens,
+            documents=0,
+            sequences=0,
+            tokens=0,
             tokenizer_model=os.path.abspath(tokenizer.model) if tokenizer.model else None,
-            bos_id=special_token_ids(folder)["bos"] if folder else None,
+            bos_id=begin_id(tokenizer),
             chat_template=chat_template_hash(folder) if folder else None,
         )
 

@@ -34,9 +34,11 @@ def parse_block(block: Block, keys: Sequence[str]) -> Records:
     lines = block.read().split(b"\n")
     if lines[-1] == b"":
         lines.pop()
+    quick = _quick_loads() if block.kind != ".txt" else None
+    if quick is not None and len(keys) == 1 and (texts := _all_texts(quick, lines, keys[0])) is not None:
+        return Records({keys[0]: texts}, len(lines))
     records = Records({key: [] for key in keys}, len(lines))
     takers = [records.texts[key].append for key in keys]
-    quick = _quick_loads() if block.kind != ".txt" else None
     for number, raw in enumerate(lines, start=1):
         texts = _quick_texts(quick, raw, keys) if quick is not None else None
         if texts is None:
@@ -54,6 +56,15 @@ def parse_block(block: Block, keys: Sequence[str]) -> Records:
 def _quick_loads() -> Callable[[bytes], object] | None:
     """A faster reader of JSON where one is installed."""
     return require("orjson").loads if available("orjson") else None
+
+
+def _all_texts(loads: Callable[[bytes], Any], lines: Sequence[bytes], key: str) -> list[str] | None:
+    """The text of each line when all of them are as they should be, which is what nearly all blocks are; see _quick_texts."""
+    try:
+        texts = [loads(line)[key] for line in lines]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return texts if set(map(type, texts)) <= {str} else None
 
 
 def _quick_texts(loads: Callable[[bytes], object], raw: bytes, keys: Sequence[str]) -> list[str] | None:

@@ -4,10 +4,12 @@ A pipe takes two copies, pickling and a system call for every 64 KB, about as mu
 the arrays of a result are copied once, into a slot, and what goes through the pipe is a few hundred bytes.
 """
 
+import mmap
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from multiprocessing import reduction
 from typing import Any
 
 _ALIGN = 64
@@ -22,14 +24,31 @@ class Packed:
 
 
 class SharedSlots:
-    """`count` pieces of memory of `size` bytes. Picklable as an argument of a process of the same context, which then sees them."""
+    """`count` pieces of memory of `size` bytes, which take room only where they are used.
 
-    def __init__(self, context: BaseContext, count: int, size: int) -> None:
+    Picklable as an argument of a process that multiprocessing starts, which then sees them, as do those forked from it.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
-        self._memory: Any = context.RawArray("B", count * size)
+        self._file = os.memfd_create("slots")
+        os.ftruncate(self._file, count * size)
+        self._memory = mmap.mmap(self._file, count * size)
+
+    def __getstate__(self) -> tuple[int, int, Any]:
+        return self.count, self.size, reduction.DupFd(self._file)
+
+    def __setstate__(self, state: tuple[int, int, Any]) -> None:
+        self.count, self.size, passed = state
+        self._file = passed.detach()
+        self._memory = mmap.mmap(self._file, self.count * self.size)
+
+    def close(self) -> None:
+        """Give the file back; the memory goes with the last who uses it."""
+        os.close(self._file)
 
     def _slot(self, number: int) -> memoryview:
-        return memoryview(self._memory).cast("B")[number * self.size : (number + 1) * self.size]
+        return memoryview(self._memory)[number * self.size : (number + 1) * self.size]
 
     def pack(self, result: object, slot: int | None) -> "Packed | object":
         """The result with its arrays put into a slot; the result itself where there is no slot, or not enough room in it."""

@@ -5,7 +5,6 @@ ends, so that a killed run can go on behind the last block that was written.
 """
 
 import codecs
-import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 
 from megatron_llm.utils.compressed import SourceFile, is_compressed, plain_suffix
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.input_files import find_input_files
 
 SUFFIXES = (".jsonl", ".json", ".txt")
-BLOCK_BYTES = 256 * 1024
-_WILD = "*?["
+# Blocks of small inputs are small, for all workers to have some; those of large ones cost less to hand around.
+BLOCK_BYTES, LARGE_BLOCK_BYTES, BLOCKS = 256 * 1024, 1024 * 1024, 100
 
 
 @dataclass(frozen=True)
@@ -78,62 +78,46 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
     Within a pattern or folder files are in sorted order. Files of other kinds are passed over in folders and patterns and
     are a UserError when named; so is a name, pattern or folder that gives no file.
     """
-    found: dict[str, InputFile] = {}
-    for pattern in patterns:
-        for path in _expand(pattern):
-            status = os.stat(path)
-            found.setdefault(os.path.realpath(path), InputFile(path, status.st_size, status.st_mtime_ns))
-    if not found:
+    paths = find_input_files(patterns, SUFFIXES, what="the input")
+    if not paths:
         raise UserError("no input was given: name files, folders or patterns with --input")
-    return list(found.values())
+    return [InputFile(path, status.st_size, status.st_mtime_ns) for path, status in zip(paths, map(os.stat, paths), strict=True)]
 
 
-def _expand(pattern: str) -> list[str]:
-    kinds = ", ".join(SUFFIXES) + " (each also with .gz or .zst)"
-    if os.path.isfile(pattern):
-        if plain_suffix(pattern) not in SUFFIXES:
-            raise UserError(f"the input {pattern} is of no known kind: its name should end in {kinds}")
-        return [pattern]
-    if os.path.isdir(pattern):
-        names = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
-    elif any(letter in pattern for letter in _WILD):
-        names = glob.glob(pattern, recursive=True)
-    else:
-        raise UserError(f"the input {pattern} does not exist")
-    files = sorted(name for name in names if plain_suffix(name) in SUFFIXES and os.path.isfile(name))
-    if not files:
-        raise UserError(f"the input {pattern} gives no file whose name ends in {kinds}")
-    return files
+def block_size(total: int) -> int:
+    """Bytes of a block of an input of `total` bytes: a hundredth of it, within bounds."""
+    return max(BLOCK_BYTES, min(LARGE_BLOCK_BYTES, total // BLOCKS))
 
 
-def read_blocks(file: InputFile, index: int, start: Position) -> Iterator[Block]:
-    """The blocks of a file from `start` on. Where blocks are cut depends on the file and on `start` alone."""
+def read_blocks(file: InputFile, index: int, start: Position, size: int | None = None) -> Iterator[Block]:
+    """The blocks of a file from `start` on, of `size` bytes (default: BLOCK_BYTES) and what the last line has beyond."""
+    size = size if size is not None else BLOCK_BYTES
     if file.kind == ".json" and _holds_array(file.path):
         with SourceFile(file.path) as source:
-            yield from _array_blocks(source, file, index, start)
+            yield from _array_blocks(source, file, index, start, size)
     elif is_compressed(file.path):
-        yield from _stream_blocks(file, index, start.offset)
+        yield from _stream_blocks(file, index, start.offset, size)
     else:
-        yield from _plain_blocks(file, index, start.offset)
+        yield from _plain_blocks(file, index, start.offset, size)
 
 
-def _stream_blocks(file: InputFile, index: int, offset: int) -> Iterator[Block]:
+def _stream_blocks(file: InputFile, index: int, offset: int, size: int) -> Iterator[Block]:
     """Of a compressed file, which can only be read from its beginning on: with their data."""
     with SourceFile(file.path) as source:
         source.skip(offset)
-        while data := source.read(BLOCK_BYTES):
+        while data := source.read(size):
             if not data.endswith(b"\n"):
                 data += source.readline()
             start, offset = offset, offset + len(data)
             yield Block(index, file.path, file.kind, "line", start, offset, source.position, data)
 
 
-def _plain_blocks(file: InputFile, index: int, offset: int) -> Iterator[Block]:
-    """Of a plain file: only their ends are looked for, which are the ends of the lines that hold each BLOCK_BYTES-th byte."""
+def _plain_blocks(file: InputFile, index: int, offset: int, size: int) -> Iterator[Block]:
+    """Of a plain file: only their ends are looked for, which are the ends of the lines that hold the last of `size` bytes."""
     with SourceFile(file.path) as source:
         source.skip(offset)
         while offset < source.size:
-            start, offset = offset, min(offset + BLOCK_BYTES, source.size)
+            start, offset = offset, min(offset + size, source.size)
             if offset < source.size:
                 source.skip(offset - 1 - source.position)
                 offset += len(source.readline()) - 1
@@ -170,19 +154,19 @@ def _holds_array(path: str) -> bool:
         return source.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
-def _array_blocks(source: SourceFile, file: InputFile, index: int, start: Position) -> Iterator[Block]:
+def _array_blocks(source: SourceFile, file: InputFile, index: int, start: Position, size: int) -> Iterator[Block]:
     """Elements of a JSON array, one a line of the block; the elements before `start` are parsed again and passed over."""
     elements: list[bytes] = []
-    size = 0
+    found = 0
     for number, text in enumerate(_array_elements(source), start=1):
         if number <= start.line:
             continue
         # A line end inside an element can only be white space between its parts: in strings it is escaped.
         elements.append(text.replace("\n", " ").replace("\r", " ").encode("utf-8"))
-        size += len(elements[-1])
-        if size >= BLOCK_BYTES:
+        found += len(elements[-1])
+        if found >= size:
             yield _array_block(source, file, index, elements)
-            elements, size = [], 0
+            elements, found = [], 0
     if elements:
         yield _array_block(source, file, index, elements)
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 from megatron_llm.data.sources import Block
-from megatron_llm.data.tokenizers import Ids, Tokenizer, build_tokenizer
+from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.optional import available, require
 
@@ -47,8 +47,8 @@ HARD_TEXTS = (
 class TextEncoder(Protocol):
     """Texts to ids."""
 
-    def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, int32. A lone surrogate in a text raises UnicodeEncodeError or TypeError."""
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The ids of each text, all int32 or all uint32. A lone surrogate in a text raises UnicodeEncodeError or TypeError."""
 
 
 class LibraryEncoder:
@@ -57,9 +57,9 @@ class LibraryEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See TextEncoder."""
-        encoded: list[Ids] = []
+        encoded: list[NDArray[Any]] = []
         start = size = 0
         for end, text in enumerate(texts, start=1):
             size += len(text)
@@ -86,14 +86,14 @@ class GigatokenEncoder:
         self._tokenizer = self._load(self._json)
         self._limit = _resident_bytes() + _MEMORY_BYTES
 
-    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See TextEncoder."""
         if _resident_bytes() > self._limit:
             self._renew()
         # One text at a time costs a microsecond and gives numpy arrays; batches come as arrays of a library that takes half a
         # second to import in each process.
         encode = self._tokenizer.encode
-        return [encode(text.encode()).view(np.int32) for text in texts]
+        return [encode(text.encode()) for text in texts]
 
 
 def _resident_bytes() -> int:

@@ -6,7 +6,7 @@ stands. Model-specific classes rebuild the tokenizer from its vocabulary and may
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,36 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], end_tok
     if end_token in vocab:
         tokenizer.add_special_tokens([end_token])
     return tokenizer
+
+
+def byte_level_json(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], end_token: str) -> str:
+    """What `byte_level_bpe(...).to_str()` gives, without building it."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": vocab[end_token], "content": end_token, **plain}] if end_token in vocab else [],
+        "normalizer": None,
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": {**split, "add_prefix_space": True},
+        "model": model,
+    }
+    return json.dumps(content, ensure_ascii=False)
 
 
 def convert_sentencepiece(model: bytes, name: str) -> tuple[Any, dict[str, str]]:

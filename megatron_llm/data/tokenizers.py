@@ -4,13 +4,14 @@ Ids are the plain ones of the text: no begin or end token is added (preprocessin
 kind reads its files with the library they were made for and never through transformers, whose own reading of them is
 not always exact; `save_pretrained` writes a folder that transformers' AutoTokenizer opens with equal ids.
 
-Heavy libraries are imported by the class that needs them.
+Heavy libraries are imported by the class that needs them, and what takes a library long to build is built when the first
+text is encoded: training asks only for the size of the vocabulary and the end token, which the files themselves list.
 """
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_llm.data.preprocess_settings import TOKENIZER_TYPES
-from megatron_llm.data.tokenizer_export import byte_level_bpe, convert_sentencepiece, copy_folder, write_folder
+from megatron_llm.data.tokenizer_export import byte_level_bpe, byte_level_json, convert_sentencepiece, copy_folder, write_folder
+from megatron_llm.data.tokenizer_json import canonical_hash, fingerprint, listed_ids, parsed
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.optional import require
 from megatron_llm.utils.suggest import did_you_mean
@@ -35,7 +37,8 @@ class Tokenizer(ABC):
 
     `kind` is the name `build_tokenizer` knows it by, `model` where its files are (None: it has none). `vocab_size` is
     true: the largest id plus one, never padded. `eod_id` is the end-of-document id, None when the vocabulary has no such
-    token. `library` is the name of what makes the ids.
+    token. `library` is the name of what makes the ids. `listed` has the id of each token where a file tells it without
+    that library.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Tokenizer(ABC):
     model: str | None
     vocab_size: int
     eod_id: int | None
+    listed: Mapping[str, int] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,18 +90,29 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, model: str | Path) -> None:
         self.model = str(model)
-        path = _tokenizer_json(Path(model))
-        text = _read(path)
-        self._folder = path.parent
-        self._tokenizer = _load_fast(text, path)
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_token = _end_token(path.parent, self._tokenizer)
-        self.eod_id = self._tokenizer.token_to_id(self.end_token) if self.end_token else None
-        self._text = text
-        self._json = path
+        self._json = _tokenizer_json(Path(model))
+        self._text = _read(self._json)
+        self._content = parsed(self._text)
+        self.listed = listed_ids(self._content)
+        ids = self.listed if self.listed is not None else self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        self.end_token = _end_token(self._json.parent, ids)
+        self.eod_id = ids[self.end_token] if self.end_token else None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The library's tokenizer; UserError when it does not read the file, or reads other ids than are listed there."""
+        tokenizer = _load_fast(self._text, self._json)
+        if self.listed is not None:
+            found = (tokenizer.id_to_token(self.vocab_size - 1), tokenizer.id_to_token(self.vocab_size))
+            end = tokenizer.token_to_id(self.end_token) if self.end_token else None
+            if found[0] is None or found[1] is not None or end != self.eod_id:
+                raise UserError(f"{self._json} lists other ids than the tokenizers library reads from it: have that library save it again")
+        return tokenizer
 
     def _fingerprint(self) -> str:
-        return _fingerprint_json(json.loads(self._text))
+        content, self._content = self._content, None  # which takes some ten times the room of the text
+        return fingerprint(content if content is not None else json.loads(self._text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
@@ -105,7 +120,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def as_json(self) -> str:
         """See Tokenizer."""
-        return str(self._tokenizer.to_str())
+        return self._text if self.listed is not None else str(self._tokenizer.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -132,16 +147,19 @@ class GPT2BPETokenizer(Tokenizer):
             raise UserError(
                 f"{merge_file} is not a list of merges: a line should be two pieces with a space between, found {' '.join(bad)!r}"
             )
-        try:
-            self._tokenizer = byte_level_bpe(vocab, [(left, right) for left, right in merges], END_OF_TEXT)
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{vocab_file} and {merge_file} do not go together: {error}") from error
+        lacking = next((piece for left, right in merges for piece in (left, right, left + right) if piece not in vocab), None)
+        if lacking is not None:
+            raise UserError(f"{vocab_file} and {merge_file} do not go together: {lacking!r} of the merges is not in the vocabulary")
         self._vocab, self._merges = vocab, merges
         self.vocab_size = max(vocab.values()) + 1
         self.eod_id = vocab.get(END_OF_TEXT)
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return byte_level_bpe(self._vocab, [(left, right) for left, right in self._merges], END_OF_TEXT)
+
     def _fingerprint(self) -> str:
-        return _hash({"kind": self.kind, "vocab": self._vocab, "merges": self._merges})
+        return canonical_hash({"kind": self.kind, "vocab": self._vocab, "merges": self._merges})
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
@@ -149,7 +167,7 @@ class GPT2BPETokenizer(Tokenizer):
 
     def as_json(self) -> str:
         """See Tokenizer."""
-        return str(self._tokenizer.to_str())
+        return byte_level_json(self._vocab, self._merges, END_OF_TEXT)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -222,7 +240,7 @@ class ByteTokenizer(Tokenizer):
         self.eod_id = 256
 
     def _fingerprint(self) -> str:
-        return _hash({"kind": self.kind, "vocab_size": 257})
+        return canonical_hash({"kind": self.kind, "vocab_size": 257})
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer."""
@@ -331,27 +349,13 @@ def _encode_fast(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     return [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _end_token(folder: Path, tokenizer: Any) -> str | None:
+def _end_token(folder: Path, ids: Mapping[str, int]) -> str | None:
     """The end token that the configuration beside tokenizer.json names, else a known name that the vocabulary has."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).is_file():
             continue
         token = _json_object(folder / name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and tokenizer.token_to_id(token) is not None:
+        if token is not None and token in ids:
             return str(token)
-    return next((name for name in _KNOWN_ENDS if tokenizer.token_to_id(name) is not None), None)
-
-
-def _fingerprint_json(tokenizer: dict[str, Any]) -> str:
-    """Hash of the parts of a tokenizer.json that decide plain ids: template, padding and truncation settings do not."""
-    parts = {name: tokenizer.get(name) for name in ("normalizer", "pre_tokenizer", "added_tokens")}
-    model = dict(tokenizer.get("model") or {})
-    # Old files write a merge as "a b", new ones as ["a", "b"].
-    model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    return _hash(parts | {"model": model})
-
-
-def _hash(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    return next((name for name in _KNOWN_ENDS if name in ids), None)

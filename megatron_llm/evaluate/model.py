@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_llm.evaluate.folders import Parts, hf_weights
+from megatron_llm.convert.model_folders import as_hf_folder
+from megatron_llm.evaluate.folders import Parts
+from megatron_llm.lora.loaded import choose_device, context_length, load_with_adapters
 from megatron_llm.utils.errors import UserError
-from megatron_llm.utils.optional import require
 
 log = logging.getLogger(__name__)
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 _LONGEST = 2048  # window of models that name no context, or a longer one
 _PROBE = "The answer ends here"  # an answer to find out what a template puts behind answers
 
@@ -32,8 +32,7 @@ class EvaluatedModel:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.device: torch.device = next(model.parameters()).device
         config = model.config.get_text_config()
-        lengths = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-        self.context: int | None = next((int(length) for length in lengths if length), None)
+        self.context = context_length(config)
         head = model.get_output_embeddings()
         self.vocabulary: int = head.weight.shape[0] if head is not None else config.vocab_size
         self._takes_some = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -163,7 +162,7 @@ def opened(parts: Parts, *, device: str, dtype: str, batch_size: int, report: Ca
     place = choose_device(device)
     if dtype == "auto" and place == "cpu":
         dtype = "float32"
-    with hf_weights(parts, report) as folder:
+    with as_hf_folder(parts.weights, report) as folder:
         model, tokenizer = _load(parts, folder, dtype)
         try:
             yield EvaluatedModel(model.to(place).eval().requires_grad_(False), tokenizer, batch_size)
@@ -173,68 +172,12 @@ def opened(parts: Parts, *, device: str, dtype: str, batch_size: int, report: Ca
                 torch.cuda.empty_cache()
 
 
-def choose_device(name: str) -> str:
-    """`auto` is a GPU where there is one; UserError for a device that is not here."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {first_line(error)}") from error
-    return name
-
-
 def _load(parts: Parts, folder: Path, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    loader: Any = AutoModelForCausalLM
-    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(parts.tokenizer)
-        model, info = loader.from_pretrained(folder, dtype=wanted, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UserError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from error
-    if info["missing_keys"]:
-        raise UserError(f"{folder} lacks weights of the model that its config.json describes, as {min(info['missing_keys'])}")
-    if parts.chat_template is not None:
-        tokenizer.chat_template = parts.chat_template.read_text(encoding="utf-8")
-    for adapter in parts.adapters:
-        model = _with_adapter(model, adapter)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer in {parts.tokenizer} has {len(tokenizer)} entries and the model {rows}: give the model's own")
+    settings = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    model, tokenizer = load_with_adapters(folder, parts.tokenizer, parts.adapters, settings=settings, chat_template=parts.chat_template)
     # Settings for sampling that a folder brings would make models incomparable; only its end tokens are kept.
     model.evaluated_ends = getattr(model.generation_config, "eos_token_id", None)
     model.generation_config = GenerationConfig()
     return model, tokenizer
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with a PEFT adapter merged into its weights."""
-    peft = require("peft", extra="finetune", purpose="an adapter")
-    from safetensors import safe_open
-
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{adapter} holds no {file.name}: give the folder that LoRA training wrote")
-    with safe_open(file, framework="pt") as tensors:
-        rows = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys()}  # noqa: SIM118 - not a mapping
-    embedding = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embedding]
-    for key, count in rows.items():
-        if any(key.endswith(f"{name}.weight") for name in names) and count != embedding.weight.shape[0]:
-            model.resize_token_embeddings(count, mean_resizing=False)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter {adapter} does not belong to this model: {first_line(error)}") from error
-    known = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    unmatched = sorted(key for key in rows.keys() - known if "embed" not in key and "lm_head" not in key)
-    if unmatched:
-        raise UserError(f"the adapter {adapter} does not belong to this model, which has no place for {unmatched[0]}")
-    return adapted.merge_and_unload()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,14 +16,15 @@ from megatron_llm.evaluate.folders import Parts, find_parts
 from megatron_llm.evaluate.generation import load_prompts, read_generations, run_generation
 from megatron_llm.evaluate.judge import Judge, run_judge
 from megatron_llm.evaluate.lm_harness import run_harness, task_files
-from megatron_llm.evaluate.model import EvaluatedModel, choose_device, first_line, opened
+from megatron_llm.evaluate.model import EvaluatedModel, opened
 from megatron_llm.evaluate.options import ChoiceTask, Evaluation, GenerationTask, HarnessTask, JudgeTask, PerplexityTask, Task
 from megatron_llm.evaluate.page import html_page
 from megatron_llm.evaluate.perplexity import load_texts, run_perplexity, text_files
 from megatron_llm.evaluate.results import FORMAT, Store, TaskResult, digest, file_digest
 from megatron_llm.evaluate.table import console_table, csv_table, json_results
+from megatron_llm.lora.loaded import choose_device
 from megatron_llm.utils.atomic import make_folder, write_json, write_text
-from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.errors import UserError, first_line
 from megatron_llm.utils.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ class Kernels:
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     rotary_interleaved: Callable[[Tensor, Tensor, Tensor], Tensor]
-    swiglu: Callable[[Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
     silu: Callable[[Tensor], Tensor]
     gelu: Callable[[Tensor], Tensor]
     gelu_tanh: Callable[[Tensor], Tensor]
@@ -112,7 +112,6 @@ def _native_kernels() -> Kernels:
         softmax_statistics=operators.softmax_statistics.default,
         softmax_gradient_=operators.softmax_gradient_.default,
         adamw_=operators.adamw_.default,
-        sum_of_squares=operators.sum_of_squares.default,
         accumulate_=operators.accumulate_.default,
     )
     return replace(chosen, detail=f"C++, {native.capability()}: {_differences(chosen)}; the others in plain torch")

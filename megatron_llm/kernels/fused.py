@@ -53,16 +53,17 @@ class _Rotary(torch.autograd.Function):
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        out: Tensor = torch.ops.megatron_llm.swiglu(gate, up)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        out: Tensor = torch.ops.megatron_llm.swiglu(*x.chunk(2, dim=-1))
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate_grad, up_grad = torch.ops.megatron_llm.swiglu_backward(grad, *ctx.saved_tensors)
-        return gate_grad, up_grad
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x_grad: Tensor = torch.ops.megatron_llm.swiglu_backward(grad, *x.chunk(2, dim=-1))
+        return x_grad
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -89,9 +90,9 @@ def rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) x up (Shazeer 2020), in one pass; rows may lie apart, as the halves of one tensor do."""
-    if _plain(gate, up):
-        return reference.swiglu(gate, up)
-    out: Tensor = _SwiGlu.apply(gate, up)
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(gate) x up (Shazeer 2020) of gate and up, the halves of `x` [..., 2 F]: [..., F], in one pass."""
+    if _plain(x, x):
+        return reference.swiglu(x)
+    out: Tensor = _SwiGlu.apply(x)
     return out

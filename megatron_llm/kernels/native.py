@@ -1,7 +1,7 @@
 """The C++ operators for CPU (csrc/cpu/): where the library comes from, whether it loads, what torch.compile must know of it.
 
 The library registers `torch.ops.megatron_llm.*` when it is loaded, which happens once in a process and only when asked
-for. `MEGATRON_LLM_CPU_CAPABILITY` (baseline, avx2 or avx512) takes another instruction set than the processor's best.
+for. `MEGATRON_LLM_CPU_CAPABILITY` (baseline, avx2, avx512 or avx512_bf16) takes another instruction set than the processor's best.
 """
 
 import functools
@@ -13,20 +13,19 @@ from torch import Tensor
 
 from megatron_llm.utils.errors import UserError
 
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 OPERATORS = (
     "softmax_statistics",
     "softmax_gradient_",
     "adamw_",
-    "sum_of_squares",
     "accumulate_",
     "rms_norm",
     "rms_norm_backward",
     "rotary",
     "swiglu",
     "swiglu_backward",
-    "causal_softmax",
-    "causal_softmax_backward",
+    "causal_attention",
+    "causal_attention_backward",
 )
 
 
@@ -87,10 +86,6 @@ def _register_fakes() -> None:
     def _(*arguments: object) -> None:
         return None
 
-    @fake("megatron_llm::sum_of_squares")
-    def _(flat: Tensor) -> Tensor:
-        return flat.new_empty((), dtype=torch.float64)
-
     @fake("megatron_llm::accumulate_")
     def _(total: Tensor, addend: Tensor, overwrite: bool) -> None:
         return None
@@ -112,13 +107,19 @@ def _register_fakes() -> None:
         return gate.new_empty(gate.shape)
 
     @fake("megatron_llm::swiglu_backward")
-    def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return gate.new_empty(gate.shape), up.new_empty(up.shape)
+    def _(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
 
-    @fake("megatron_llm::causal_softmax")
-    def _(scores: Tensor, scale: float, first: int, period: int) -> Tensor:
-        return scores.new_empty(scores.shape)
+    def like_projection(x: Tensor) -> Tensor:
+        batch, heads, tokens, size = x.shape
+        return x.new_empty((tokens, batch, heads, size)).permute(1, 2, 0, 3)
 
-    @fake("megatron_llm::causal_softmax_backward")
-    def _(grad: Tensor, weights: Tensor, scale: float, first: int, period: int) -> Tensor:
-        return grad.new_empty(grad.shape)
+    @fake("megatron_llm::causal_attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return like_projection(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    @fake("megatron_llm::causal_attention_backward")
+    def _(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return like_projection(query), like_projection(key), like_projection(value)

@@ -48,8 +48,9 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) x up (Shazeer 2020)."""
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(gate) x up (Shazeer 2020) of gate and up, the halves of `x` [..., 2 F]: [..., F]."""
+    gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

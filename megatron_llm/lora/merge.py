@@ -276,6 +276,7 @@ def _summary(save: Path, result: dict[str, Any]) -> list[str]:
     proof = (
         "not verified"
         if comparison is None
-        else f"verified: largest logit difference {comparison['largest_difference']:.3g} (tolerance {comparison['tolerance']:.3g})"
+        else f"verified: largest logit difference {comparison['largest_difference']:.3g} (tolerance {comparison['tolerance']:.3g}), "
+        f"{comparison['way']}"
     )
     return [*lines, f"{text}; {proof}"]

@@ -42,7 +42,7 @@ class Target:
         for stage in self.stages:
             for edit in stage.edits:
                 if isinstance(edit, Replace):
-                    shape[0] = edit.rows
+                    shape[1 if self.transposed else 0] = edit.rows
         return tuple(shape)
 
     @property
@@ -132,7 +132,7 @@ def _edits(
         if check_copies and parameter in parts.frozen and adapter.initialisation == "plain":
             _check_copy(base, adapter, name, stored)
         shapes[name] = adapter.tensors.specs[stored].shape
-        yield name, Replace(shapes[name][0], partial(adapter.tensors.read_rows, stored)), "weights of the adapter"
+        yield name, _replace(adapter, stored, transposed=base.is_transposed(name)), "weights of the adapter"
     if parts.down is None and parts.tokens is None and parts.up_bias is None:
         return
     name = _found(base, module, "weight")
@@ -150,6 +150,13 @@ def _edits(
                 f"{adapter.folder}: the LoRA bias of {module} has {len(values)} values, {bias} has {base.tensors.specs[bias].shape[0]}"
             )
         yield bias, AddBias(values), "LoRA bias"
+
+
+def _replace(adapter: Adapter, stored: str, *, transposed: bool) -> Replace:
+    shape = adapter.tensors.specs[stored].shape
+    if not transposed:
+        return Replace(shape[0], partial(adapter.tensors.read_rows, stored))
+    return Replace(shape[1], lambda first, last: adapter.tensors.read(stored).t()[first:last], needs_all_rows=True)
 
 
 def _found(base: Base, module: str, parameter: str) -> str:

@@ -1,7 +1,8 @@
 """The proof of a merge: logits of the merged folder against those of the base with its adapters, by transformers and peft.
 
-Nothing here uses the arithmetic of the merge. peft loads base and adapters as a user would and runs them unmerged; only an
-adapter that others come after, or one with a weight, is first merged by peft. A check that could not run is a failure.
+Nothing here uses the arithmetic of the merge. peft runs the adapters unmerged; only one that others come after, or one with
+a weight, is first merged by peft. Layer by layer where that can be done, so that a proof takes no more memory than the merge
+of its largest matrix; otherwise on whole models, as a user would load them. A check that could not run is a failure.
 """
 
 import gc
@@ -11,14 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_llm.checkpoint.exchange import attempt, describe_error
+from megatron_llm.checkpoint.hf_folder import elements, list_tensors
 from megatron_llm.lora.adapter import Adapter
 from megatron_llm.lora.base import Base
+from megatron_llm.lora.merge_proof_streamed import expected_streamed, folder_logits
+from megatron_llm.lora.merge_proof_weights import CannotStream
+from megatron_llm.lora.merge_proof_whole import Expected, expected_whole, open_whole
 from megatron_llm.utils.errors import UserError
 from megatron_llm.utils.optional import require
 
@@ -28,6 +32,8 @@ _SHARE = 0.1  # share of the adapters' effect that may be tolerated
 _ROUNDED = 0.1  # share of the effect of rounding by which two roundings of almost the same numbers may differ
 _LENGTH = 32
 _MARKED = 16  # trained tokens that are asked about
+_OPENED_WHOLE = 50_000_000  # elements; up to this size transformers' own loader opens the merged folder, as a user's will
+_STREAMED = "layer by layer"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class MergeComparison:
     rounding            largest change that rounding the merged weights makes; 0 for fp32
     ids                 what was asked
     judges              who computed the two
+    way                 how base and adapters were run: layer by layer, or as whole models and why
     """
 
     largest_difference: float
@@ -50,6 +57,7 @@ class MergeComparison:
     rounding: float
     ids: list[list[int]]
     judges: list[str]
+    way: str
 
     @property
     def passed(self) -> bool:
@@ -76,12 +84,11 @@ def compare_merged(
 def _compare(base: Base, adapters: Sequence[Adapter], merged: Path, dtypes: Mapping[str, torch.dtype], rows: int | None) -> MergeComparison:
     transformers = require("transformers", purpose="the proof of a merge")
     peft = require("peft", extra="finetune", purpose="the proof of a merge")
-    before = base.tensors.specs[base.embedding].shape[0] if base.embedding is not None else rows
     ids = _ids(base, adapters, rows)
     with torch.no_grad(), _quiet():
-        plain, expected, rounded = _expected(base, adapters, ids, dtypes, same_vocabulary=before == rows)
+        (plain, expected, rounded), way = _expected(base, adapters, ids, dtypes, rows)
         gc.collect()
-        found = _open(merged)(ids, use_cache=False).logits.float()
+        found, way_of_merged = _found(merged, ids)
     if found.shape != expected.shape:
         raise UserError(f"the merged model gives logits of shape {list(found.shape)}, base and adapters {list(expected.shape)}")
     largest = _largest(expected)
@@ -96,7 +103,11 @@ def _compare(base: Base, adapters: Sequence[Adapter], merged: Path, dtypes: Mapp
         effect=effect,
         rounding=rounding,
         ids=ids.tolist(),
-        judges=[f"peft {peft.__version__} on base and adapters", f"transformers {transformers.__version__} on the merged folder"],
+        judges=[
+            f"peft {peft.__version__} on base and adapters, {way}",
+            f"transformers {transformers.__version__} on the merged folder, {way_of_merged}",
+        ],
+        way=way,
     )
 
 
@@ -114,108 +125,38 @@ def _ids(base: Base, adapters: Sequence[Adapter], rows: int | None) -> Tensor:
 
 
 def _expected(
-    base: Base, adapters: Sequence[Adapter], ids: Tensor, dtypes: Mapping[str, torch.dtype], *, same_vocabulary: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Logits of the base alone (None when its vocabulary is another), with its adapters, and with rounded merged weights.
-
-    The last is None when the merged weights are fp32.
-    """
-    from peft import PeftModel
-
-    model = _open(base.folder)
-    plain = model(ids, use_cache=False).logits.float() if same_vocabulary else None
-    exact = all(dtype == torch.float32 for dtype in dtypes.values() if dtype.is_floating_point)
-    logits: Tensor | None = None
-    for number, adapter in enumerate(adapters):
-        before = _state(model) if adapter.weight != 1.0 else {}
-        _resize(model, adapter)
-        loader: Any = PeftModel
-        adapted = loader.from_pretrained(model, adapter.folder, torch_device="cpu").eval()
-        _check_loaded(adapted, adapter)
-        if number == len(adapters) - 1 and adapter.weight == 1.0:
-            logits = adapted(ids, use_cache=False).logits.float()
-            if exact:
-                return plain, logits, None
-        model = _untied(adapted).merge_and_unload().eval()
-        _blend(model, before, adapter.weight)
-    if logits is None:
-        logits = model(ids, use_cache=False).logits.float()
-    if exact:
-        return plain, logits, None
-    _round(model, dtypes)
-    return plain, logits, model(ids, use_cache=False).logits.float()
+    base: Base, adapters: Sequence[Adapter], ids: Tensor, dtypes: Mapping[str, torch.dtype], rows: int | None
+) -> tuple[Expected, str]:
+    """What base and adapters compute, and the words for how it was computed."""
+    before = base.tensors.specs[base.embedding].shape[0] if base.embedding is not None else rows
+    size = rows if rows != before else None
+    expected, error = attempt(lambda: expected_streamed(base, adapters, ids, dtypes, vocab_size=size))
+    if expected is not None:
+        return expected, _STREAMED
+    assert error is not None
+    reason = _words(error)
+    del error  # what it was raised in holds weights
+    gc.collect()
+    return expected_whole(base, adapters, ids, dtypes, same_vocabulary=size is None), f"on whole models ({reason})"
 
 
-def _check_loaded(adapted: Any, adapter: Adapter) -> None:
-    """Whether peft put factors wherever the adapter has some (it loses tied ones of some families when it loads)."""
-    layers = dict(adapted.get_base_model().named_modules())
-    lost = [name for name, parts in adapter.modules.items() if parts.down is not None and not hasattr(layers.get(name), "lora_A")]
-    if lost:
-        raise UserError(f"peft leaves out the factors of {', '.join(lost[:3])} when it loads {adapter.folder}")
+def _found(merged: Path, ids: Tensor) -> tuple[Tensor, str]:
+    """What the merged folder computes, and the words for how it was computed."""
+    way = "from_pretrained"
+    if elements(list_tensors(merged).values()) > _OPENED_WHOLE:
+        logits, error = attempt(lambda: folder_logits(merged, ids))
+        if logits is not None:
+            return logits, _STREAMED
+        assert error is not None
+        way = f"{way} ({_words(error)})"
+        del error
+        gc.collect()
+    return open_whole(merged)(ids, use_cache=False).logits.float(), way
 
 
-def _untied(adapted: Any) -> Any:
-    """The model with a tied matrix, of which only one side has factors, as two: peft would merge into both."""
-    model = adapted.get_base_model()
-    one, other = (getattr(layer, "base_layer", layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
-    sides = [hasattr(layer, "lora_A") for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    if any(sides) and getattr(one, "weight", None) is getattr(other, "weight", 0):
-        other.weight = torch.nn.Parameter(other.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
-    return adapted
-
-
-def _resize(model: Any, adapter: Adapter) -> None:
-    """Give the model as many rows as the adapter's matrices of embeddings have, as a user must before loading it."""
-    current = model.get_input_embeddings().weight.shape[0]
-    for name, parts in adapter.modules.items():
-        layer = dict(model.named_modules()).get(name)
-        if "weight" in parts.whole and layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            rows = adapter.tensors.specs[parts.whole["weight"]].shape[0]
-            if rows != current:
-                model.resize_token_embeddings(rows, mean_resizing=False)
-                current = rows
-
-
-def _state(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _blend(model: Any, before: Mapping[str, Tensor], weight: float) -> None:
-    """Go back from what peft merged to `weight` of the way from what there was; new rows stay."""
-    if not before:
-        return
-    done: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.data_ptr() not in done:
-            done.add(parameter.data_ptr())
-            rows = min(len(parameter), len(before[name]))
-            parameter.data[:rows] = before[name][:rows] + weight * (parameter.data[:rows] - before[name][:rows])
-
-
-def _round(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Round every parameter to the type its weight is written in."""
-    kinds = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
-    for name, parameter in model.named_parameters():
-        inner = next((key for key in dtypes if name == key or name.endswith(f".{key}")), None)
-        dtype = dtypes[inner] if inner is not None else next(iter(kinds)) if len(kinds) == 1 else None
-        if dtype is None:
-            raise UserError(f"{name} of the model is not among the written weights, which are of several types")
-        parameter.data = parameter.data.to(dtype).float()
-
-
-def _open(folder: Path) -> Any:
-    """The model of a folder in fp32; every weight of it must be used."""
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    problems = [
-        f"{kind} {sorted(map(str, info[kind]))[:5]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
-    ]
-    if problems:
-        raise UserError(f"transformers does not use {folder} as it is: {'; '.join(problems)}")
-    return model.eval()
+def _words(error: Exception) -> str:
+    """One line of at most 300 characters."""
+    return " ".join((str(error) if isinstance(error, CannotStream) else describe_error(error)).split())[:300]
 
 
 def _largest(tensor: Tensor) -> float:

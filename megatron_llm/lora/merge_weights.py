@@ -1,7 +1,7 @@
 """The merged weights: each computed in blocks of rows, in fp32, rounded once, measured against the base, and written."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from torch import Tensor
 from megatron_llm.checkpoint.hf_folder import INDEX, index_json, plan_shards, shard_names
 from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, TensorSpec
 from megatron_llm.lora.base import Base
-from megatron_llm.lora.edits import toward
-from megatron_llm.lora.merge_plan import Plan, Target, still_tied
+from megatron_llm.lora.edits import Edit, toward
+from megatron_llm.lora.merge_plan import Plan, Stage, Target, still_tied
 from megatron_llm.utils.atomic import write_json
 from megatron_llm.utils.progress import Progress
 
-_BLOCK = 1 << 19  # elements computed at a time
+_BLOCK = 1 << 16  # elements computed at a time: they stay in the cache, and in memory that the allocator has at hand
+_BUFFERS = 2  # pieces of a file in memory: one is filled while the other is on its way
 _TIED = 1e-6  # relative difference up to which two matrices, of which one was computed twice, are one
+_Edits = tuple[Stage, list[Edit]]
 
 
 @dataclass
@@ -54,28 +56,57 @@ class Change:
         return math.sqrt(squares) if squares > threshold**2 * before else 0.0
 
 
-def merge_weight(base: Base, target: Target, dtype: torch.dtype | None) -> tuple[Tensor, Change]:
-    """The merged weight, in `dtype` (None: the base's), and what changed. Memory: it, the base's weight, and a block."""
-    stored = base.tensors.read(target.source)
-    result = torch.empty(target.shape, dtype=dtype if dtype is not None else target.spec.dtype)
-    old, new = (tensor.t() if target.transposed else tensor for tensor in (stored, result))
+def merged_rows(base: Base, target: Target, dtype: torch.dtype | None, change: Change) -> Iterator[Tensor]:
+    """Blocks of rows of the merged weight as it is stored, in order, in `dtype` (None: the base's); `change` hears of each.
+
+    Memory: a few blocks. The whole weight where it is stored transposed, or one of its edits needs all rows.
+    """
+    dtype = dtype if dtype is not None else target.spec.dtype
+    for stage in target.stages:
+        change.stages[stage.adapter] = [0.0, 0.0, max(edit.threshold for edit in stage.edits)]
     edits = [(stage, [edit.ready() for edit in stage.edits]) for stage in target.stages]
-    rows = len(new)
-    step = max(rows, 1) if target.needs_all_rows else max(1, _BLOCK // max(1, math.prod(new.shape[1:])))
-    change = Change(stages={stage.adapter: [0.0, 0.0, max(edit.threshold for edit in stage.edits)] for stage in target.stages})
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        block = old[first:last].float()
-        for stage, ready in edits:
-            after = block
-            for edit in ready:
-                after = edit.apply(after, first, last)
-            after = toward(block, after, stage.weight)
-            _add_stage(change.stages[stage.adapter], block, after)
-            block = after
-        new[first:last] = block
-        _measure(change, old[first:last].to(new.dtype), new[first:last])
-    return result, change
+    if target.transposed:
+        yield _merged_transposed(base, target, dtype, edits, change)
+        return
+    known = target.spec.shape[0]
+    for first, last in _row_blocks(target.shape, whole=target.needs_all_rows):
+        before = base.tensors.read_rows(target.source, min(first, known), min(last, known))
+        after = _edited(before, edits, first, last, change).to(dtype)
+        _measure(change, before.to(dtype), after)
+        yield after
+
+
+def _merged_transposed(base: Base, target: Target, dtype: torch.dtype, edits: Sequence[_Edits], change: Change) -> Tensor:
+    """A weight stored as [in, out], whose edits are by rows of its transpose; merged in place where the type allows it."""
+    stored = base.tensors.read(target.source)
+    result = stored if stored.dtype == dtype else torch.empty(target.shape, dtype=dtype)
+    old, new = stored.t(), result.t()
+    for first, last in _row_blocks(tuple(new.shape), whole=target.needs_all_rows):
+        before = old[first:last]
+        after = _edited(before, edits, first, last, change).to(dtype)
+        _measure(change, before.to(dtype), after)
+        new[first:last] = after
+    return result
+
+
+def _row_blocks(shape: Sequence[int], *, whole: bool) -> Iterator[tuple[int, int]]:
+    """First and last row of blocks of about `_BLOCK` elements."""
+    step = max(shape[0], 1) if whole else max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], step):
+        yield first, min(first + step, shape[0])
+
+
+def _edited(before: Tensor, edits: Sequence[_Edits], first: int, last: int, change: Change) -> Tensor:
+    """Rows [first, last) after all stages, fp32, from those of them that the base has."""
+    block = before.float()
+    for stage, ready in edits:
+        after = block
+        for edit in ready:
+            after = edit.apply(after, first, last)
+        after = toward(block, after, stage.weight)
+        _add_stage(change.stages[stage.adapter], block, after)
+        block = after
+    return block
 
 
 def _add_stage(sums: list[float], before: Tensor, after: Tensor) -> None:
@@ -106,8 +137,13 @@ def tied_after(base: Base, plan: Plan) -> bool:
     embedding, head = plan.targets.get(base.embedding or ""), plan.targets.get(base.head)
     if embedding is None or head is None:
         return False
-    one, other = (merge_weight(base, target, torch.float32)[0] for target in (embedding, head))
-    return one.shape == other.shape and float((one - other).norm()) <= _TIED * float(one.norm())
+    if embedding.shape != head.shape or embedding.needs_all_rows != head.needs_all_rows:
+        return False
+    apart = size = 0.0
+    pair = (merged_rows(base, target, torch.float32, Change()) for target in (embedding, head))
+    for one, other in zip(*pair, strict=True):
+        apart, size = apart + _squares(one - other), size + _squares(one)
+    return apart <= _TIED**2 * size
 
 
 @dataclass(frozen=True)
@@ -137,30 +173,33 @@ def output_specs(base: Base, plan: Plan, dtype: torch.dtype | None, *, tied: boo
 def write_weights(
     base: Base, plan: Plan, folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int, progress: Progress
 ) -> WrittenWeights:
-    """Write the files of weights and their index to an existing folder, one tensor in memory at a time."""
+    """Write the files of weights and their index to an existing folder, some rows in memory at a time."""
     shards = plan_shards(specs, max_shard_bytes)
     files = dict(zip(shard_names(len(shards)), shards, strict=True))
     changes: dict[str, Change] = {}
-
-    def content(spec: TensorSpec) -> Tensor:
-        target = plan.targets.get(spec.name)
-        if target is None:
-            return base.tensors.read(base.source(spec.name)).to(spec.dtype)
-        tensor, changes[spec.name] = merge_weight(base, target, spec.dtype)
-        return tensor
-
-    seals = {name: _write_file(folder / name, contents, content, progress) for name, contents in files.items()}
+    seals: dict[str, FileSeal] = {}
+    for name, contents in files.items():
+        with TensorFileWriter(folder / name, contents, {"format": "pt"}, buffers=_BUFFERS) as writer:
+            for spec in contents:
+                _write(writer, base, plan.targets.get(spec.name), spec, changes)
+                progress.advance(spec.size)
+            seals[name] = writer.close()
     if len(files) > 1:
         write_json(folder / INDEX, index_json(files))
     return WrittenWeights(seals, changes, len(specs) - len(changes), specs)
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], content: Callable[[TensorSpec], Tensor], progress: Progress) -> FileSeal:
-    with TensorFileWriter(path, specs, {"format": "pt"}) as writer:
-        for spec in specs:
-            writer.write(spec.name, content(spec))
-            progress.advance(spec.size)
-        return writer.close()
+def _write(writer: TensorFileWriter, base: Base, target: Target | None, spec: TensorSpec, changes: dict[str, Change]) -> None:
+    if target is not None:
+        changes[spec.name] = Change()
+        writer.write_rows(spec.name, merged_rows(base, target, spec.dtype, changes[spec.name]))
+        return
+    source = base.source(spec.name)
+    if not spec.shape:
+        writer.write(spec.name, base.tensors.read(source).to(spec.dtype))
+        return
+    blocks = (base.tensors.read_rows(source, first, last) for first, last in _row_blocks(spec.shape, whole=False))
+    writer.write_rows(spec.name, (block.to(spec.dtype) for block in blocks))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

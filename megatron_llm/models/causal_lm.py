@@ -46,6 +46,8 @@ class ModelOptions:
     sequence_parallel: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    compile_mode: str = "default"
+    fp8: bool = False
 
 
 class PositionEmbedding(nn.Module):
@@ -88,7 +90,11 @@ class Embedding(nn.Module):
 
 
 class ModelChunk(nn.Module):
-    """Layers `layers` of a model, with the embedding when `first` and the head and loss when `last`."""
+    """Layers `layers` of a model, with the embedding when `first` and the head and loss when `last`.
+
+    Positions (tables of the rotary embedding, ALiBi slopes) are made on `positions_device`, by default that of the parameters:
+    on a real device while the parameters are on meta, the chunk runs as soon as its parameters have been read.
+    """
 
     def __init__(
         self,
@@ -101,10 +107,11 @@ class ModelChunk(nn.Module):
         *,
         first: bool = True,
         last: bool = True,
+        positions_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the model configuration must be resolved"
-        ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed)
+        ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed, fp8=options.fp8)
         build = BuildContext(ctx, kernels, recompute_attention=options.recompute == "selective")
         tied, whole = bool(config.tie_word_embeddings), first and last
         self.config, self.family, self.tp, self.options, self.context, self.kernels = config, family, groups.tp, options, ctx, kernels
@@ -120,9 +127,9 @@ class ModelChunk(nn.Module):
             self.head = VocabParallelHead(
                 ctx, self._head_weight(ctx, tied=tied), config.vocab_size, normalized=architecture.normalized_head
             )
-        self._add_positions(ctx, first=first)
+        self._add_positions(ctx if positions_device is None else replace(ctx, device=positions_device), first=first)
         # One graph of all layers: the compiler fuses across their borders, and the layers of a model are compiled once.
-        self._trunk = torch.compile(self._layers, dynamic=False) if options.compile else self._layers
+        self._trunk = torch.compile(self._layers, dynamic=False, mode=options.compile_mode) if options.compile else self._layers
 
     def _head_weight(self, ctx: ParallelContext, *, tied: bool) -> nn.Parameter:
         if tied and self.embedding is not None:

@@ -8,7 +8,7 @@ adapters need no collectives of their own size: only their narrow middle (`rank`
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ class ColumnAdapter(nn.Module):
         chosen = [part for part in layer.parts if part.name in parts]
         self.chosen = [part.name in parts for part in layer.parts]
         self.a = replicated_parameter(ctx, f"{name}.lora_A.weight", (shape.rank, in_features), std=_first_factor_std(in_features))
-        self.b = ColumnParallelLinear(ctx, f"{name}.lora_B", shape.rank, chosen, bias=False, std=0.0)
+        # In the weights' type: its narrow products cost little, and 8 bits would round what is learned.
+        self.b = ColumnParallelLinear(replace(ctx, fp8=False), f"{name}.lora_B", shape.rank, chosen, bias=False, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The addition to the layer's local output."""

@@ -13,7 +13,7 @@ Norms, biases and embeddings cost next to nothing and take their gradient in the
 output's gradient is as wide as the vocabulary and more than a stage's other activations together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_llm.parallel.comm import Pending, all_gather_into
+from megatron_llm.kernels.fp8 import Scaled, weight_product
+from megatron_llm.parallel.comm import all_gather_into
 from megatron_llm.parallel.groups import Group
 
 
@@ -30,20 +31,22 @@ from megatron_llm.parallel.groups import Group
 class Product:
     """A weight gradient that is still to be computed: output's gradient [..., out] and input [..., in] of a linear layer.
 
-    `group`: the input is this rank's part of the first dimension and is gathered over the group first.
+    Both may be in 8 bits already. `group`: the input is this rank's part of the first dimension, in its own type, and is
+    gathered over the group first.
     """
 
     parameter: nn.Parameter
-    source: Tensor
-    gradient: Tensor
+    source: Tensor | Scaled
+    gradient: Tensor | Scaled
     group: Group | None = None
 
-    def whole_source(self) -> Pending:
-        """The input of all ranks, on its way."""
-        if self.group is None:
-            return Pending(self.source)
-        whole = self.source.new_empty((self.source.shape[0] * self.group.size, *self.source.shape[1:]))
-        return all_gather_into(whole, self.source.contiguous(), self.group, async_op=True)
+    def whole_source(self) -> Callable[[], Tensor | Scaled]:
+        """Start to bring the input of all ranks here; what is returned waits for it."""
+        source = self.source
+        if self.group is None or isinstance(source, Scaled):
+            return lambda: source
+        whole = source.new_empty((source.shape[0] * self.group.size, *source.shape[1:]))
+        return all_gather_into(whole, source.contiguous(), self.group, async_op=True).wait
 
 
 class DeferredGradients:
@@ -91,9 +94,9 @@ class DeferredGradients:
         products.reverse()  # popped from the end, so that each one's tensors are free as soon as it is done
         upcoming = products[-1].whole_source() if products else None
         while products:
-            product, source = products.pop(), upcoming
-            assert source is not None, "started in the turn before"
-            whole = source.wait()
+            product, started = products.pop(), upcoming
+            assert started is not None, "in the turn before"
+            whole = started()
             upcoming = products[-1].whole_source() if products else None
             _Late.apply(product.parameter, whole, product.gradient).backward()
 
@@ -104,8 +107,11 @@ class DeferredGradients:
 
 
 @torch.no_grad()
-def weight_gradient(source: Tensor, gradient: Tensor) -> Tensor:
-    """[out, in] from a linear layer's input [..., in] and its output's gradient [..., out]."""
+def weight_gradient(source: Tensor | Scaled, gradient: Tensor | Scaled) -> Tensor:
+    """[out, in] from a linear layer's input [..., in] and its output's gradient [..., out]; in 8 bits where the latter is."""
+    if isinstance(gradient, Scaled):
+        return weight_product(gradient, source)
+    assert not isinstance(source, Scaled), "a layer's products are all in 8 bits or none is"
     return gradient.flatten(0, -2).t().matmul(source.flatten(0, -2))
 
 
@@ -113,7 +119,7 @@ class _Late(torch.autograd.Function):
     """Hands a parameter its gradient through autograd, which accumulates it, runs the hooks and takes it over uncopied."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, source: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, source: Tensor | Scaled, gradient: Tensor | Scaled) -> Tensor:
         ctx.source, ctx.gradient = source, gradient
         return parameter.new_empty(())
 

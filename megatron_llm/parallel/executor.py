@@ -35,7 +35,27 @@ from megatron_llm.parallel.schedules import (
 from megatron_llm.parallel.simulator import Span
 
 Key = tuple[int, int]  # chunk, micro-batch
+Box = list[Tensor]  # what is to come, at most one
 BeforeLast = Callable[[int, Collection[nn.Parameter] | None], None]
+
+
+class Outlet(torch.autograd.Function):
+    """A scalar to call backward on in place of the output of a stage, whose gradient is put into `box` before that.
+
+    The gradient could be given to `torch.autograd.backward` itself. That imports sympy, at the first call, to compare two
+    shapes: half a second of every process at the start of a run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, box: Box) -> Tensor:
+        """A scalar; nothing of the output is kept."""
+        ctx.box = box
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        """The gradient in the box, untouched."""
+        return ctx.box.pop(), None
 
 
 class Stage(Protocol):
@@ -131,7 +151,7 @@ class Run:
         self.inputs: dict[Key, Tensor | Receipt] = {}
         self.gradients: dict[Key, Tensor | Receipt] = {}
         self.to_send: dict[ActionKind, dict[Key, Tensor]] = {ActionKind.SEND_FORWARD: {}, ActionKind.SEND_BACKWARD: {}}
-        self.live: dict[Key, tuple[Tensor | None, GradientEdge | None]] = {}
+        self.live: dict[Key, tuple[Tensor | None, GradientEdge | None, Box]] = {}
         self.outputs: list[Tensor] = []
         self.perform: dict[ActionKind, Callable[[Action], None]] = {
             ActionKind.FORWARD: self.forward,
@@ -150,9 +170,11 @@ class Run:
         hidden = None if received is None else received.requires_grad_(torch.is_grad_enabled())
         with self.timed(action):
             output = self.stages[action.chunk](self.batches[action.micro], hidden)
-        if torch.is_grad_enabled():
-            self.live[key] = hidden, get_gradient_edge(output) if output.requires_grad else None
         after = place_after(Place(self.rank, action.chunk), self.size, len(self.stages))
+        if torch.is_grad_enabled():
+            box: Box = []
+            scalar = output if after is None else Outlet.apply(output, box)
+            self.live[key] = hidden, get_gradient_edge(scalar) if output.requires_grad else None, box
         if after is None:
             self.outputs.append(output.detach())
             return
@@ -172,11 +194,12 @@ class Run:
         gradient = self.taken(self.gradients, ActionKind.RECV_BACKWARD, key)  # None on the last: a scalar
         if not self.split:
             self.announce(action, None)
-        hidden, output = self.live.pop(key)
+        hidden, scalar, box = self.live.pop(key)
         deferred = self.deferred[action.chunk]
         with self.timed(action), deferred.collect(action.micro) if self.split else nullcontext():
-            if output is not None:  # None: nothing to train here, as in a first stage with frozen weights
-                torch.autograd.backward([output], None if gradient is None else [gradient])
+            if scalar is not None:  # None: nothing to train here, as in a first stage with frozen weights
+                box += [] if gradient is None else [gradient]
+                torch.autograd.backward([scalar])
         before = place_before(Place(self.rank, action.chunk), self.size)
         if before is None:
             return

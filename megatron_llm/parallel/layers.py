@@ -13,21 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_llm.kernels.fp8 import forward_product
 from megatron_llm.parallel.collectives import reduce_from_group, scatter_sequence
 from megatron_llm.parallel.comm import all_gather_first_dim
 from megatron_llm.parallel.deferred import DeferredGradients, Product, linear, splits
+from megatron_llm.parallel.fp8 import fp8_linear
 from megatron_llm.parallel.groups import Group
 from megatron_llm.parallel.linear_loss import VocabularyShard
 from megatron_llm.parallel.placement import Part, Placement, set_placement
 from megatron_llm.parallel.random import fill_normal_
-from megatron_llm.parallel.traceable import column_gradients, column_linear
+from megatron_llm.parallel.traceable import column_gradients, column_linear, operand
 
 
 @dataclass(frozen=True)
 class ParallelContext:
     """What every layer of a model chunk shares: the TP group, sequence parallelism, where and how parameters are made.
 
-    `deferred` takes the weight gradients that a split backward leaves for later.
+    `deferred` takes the weight gradients that a split backward leaves for later. `fp8`: linear layers multiply in 8 bits.
     """
 
     tp: Group
@@ -35,6 +37,7 @@ class ParallelContext:
     device: torch.device
     dtype: torch.dtype
     seed: int
+    fp8: bool = False
     deferred: DeferredGradients = field(default_factory=DeferredGradients, compare=False)
 
     @property
@@ -90,28 +93,31 @@ class _ColumnLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients | None) -> Tensor:
-        ctx.group, ctx.sequence_parallel, ctx.deferred = group, sequence_parallel, deferred
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, fp8: bool, deferred: DeferredGradients | None
+    ) -> Tensor:
+        ctx.group, ctx.sequence_parallel, ctx.fp8, ctx.deferred = group, sequence_parallel, fp8, deferred
         ctx.parameter = None if deferred is None else weight  # recomputation brings back detached copies of what is saved
         ctx.save_for_backward(x, weight)
-        return F.linear(all_gather_first_dim(x, group) if sequence_parallel else x, weight)
+        whole = all_gather_first_dim(x, group) if sequence_parallel else x
+        return forward_product(whole, weight) if fp8 else F.linear(whole, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         later = ctx.deferred is not None and ctx.deferred.collecting
-        wants_weight, grad = ctx.needs_input_grad[1] and not later, grads[0].contiguous()
+        wants_weight, grad = ctx.needs_input_grad[1] and not later, operand(grads[0], fp8=ctx.fp8)
         grad_x, grad_weight = column_gradients(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight)
         if later:
             ctx.deferred.put(Product(ctx.parameter, x.detach(), grad, ctx.group if ctx.sequence_parallel else None))
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
-def _column_linear(x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients) -> Tensor:
+def _column_linear(x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients, *, fp8: bool) -> Tensor:
     if torch.compiler.is_compiling():
-        traced: Tensor = column_linear(x, weight, group.name, sequence_parallel)
+        traced: Tensor = column_linear(x, weight, group.name, sequence_parallel, fp8)
         return traced
-    result: Tensor = _ColumnLinear.apply(x, weight, group, sequence_parallel, deferred if splits(weight, deferred) else None)
+    result: Tensor = _ColumnLinear.apply(x, weight, group, sequence_parallel, fp8, deferred if splits(weight, deferred) else None)
     return result
 
 
@@ -127,7 +133,7 @@ class ColumnParallelLinear(nn.Module):
         self, ctx: ParallelContext, logical_name: str, in_features: int, parts: Sequence[ColumnPart], *, bias: bool, std: float
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel, self.deferred = ctx.tp, ctx.shards_sequence, ctx.deferred
+        self.group, self.sequence_parallel, self.deferred, self.fp8 = ctx.tp, ctx.shards_sequence, ctx.deferred, ctx.fp8
         self.logical_name, self.in_features, self.parts = logical_name, in_features, tuple(parts)
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives something to add to its output
         self.splits = [part.size // part.shards for part in parts]
@@ -140,9 +146,9 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/tp, B, in] to [S, B, local out]."""
         if self.group.size == 1:
-            y = linear(x, self.weight, self.bias, self.deferred)
+            y = (fp8_linear if self.fp8 else linear)(x, self.weight, self.bias, self.deferred)
         else:
-            y = _column_linear(x, self.weight, self.group, self.sequence_parallel, self.deferred)
+            y = _column_linear(x, self.weight, self.group, self.sequence_parallel, self.deferred, fp8=self.fp8)
             y = y if self.bias is None else y + self.bias
         for adapter in self.adapters:
             y = y + adapter(x)
@@ -185,7 +191,7 @@ class RowParallelLinear(nn.Module):
         tp = ctx.tp
         if in_features % tp.size:
             raise ValueError(f"{logical_name}: {in_features} input features do not divide over {tp.size} ranks")
-        self.group, self.sequence_parallel, self.deferred = tp, ctx.shards_sequence, ctx.deferred
+        self.group, self.sequence_parallel, self.deferred, self.fp8 = tp, ctx.shards_sequence, ctx.deferred, ctx.fp8
         self.logical_name, self.in_features, self.out_features = logical_name, in_features, out_features
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives a partial sum to add to its own
         columns = in_features // tp.size
@@ -195,9 +201,10 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, in/tp] to [S or S/tp, B, out]."""
+        multiply = fp8_linear if self.fp8 else linear
         if self.group.size == 1 and not self.adapters:
-            return linear(x, self.weight, self.bias, self.deferred)
-        partial = linear(x, self.weight, None, self.deferred)
+            return multiply(x, self.weight, self.bias, self.deferred)
+        partial = multiply(x, self.weight, None, self.deferred)
         for adapter in self.adapters:
             partial = partial + adapter(x)
         y = scatter_sequence(partial, self.group) if self.sequence_parallel else reduce_from_group(partial, self.group)
@@ -274,5 +281,5 @@ class VocabParallelHead(nn.Module):
         weight = self.projection()
         if self.group.size == 1:
             return F.linear(x, weight)
-        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel, None)  # see `deferred`
+        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel, False, None)  # see `deferred`
         return logits

@@ -19,7 +19,7 @@ from megatron_llm.kernels.dispatch import Kernels
 from megatron_llm.parallel.comm import Pending, all_gather_first_dim, all_reduce, reduce_scatter_into
 from megatron_llm.parallel.groups import Group
 
-CHUNK_BYTES = 64 << 20  # of logits: large enough for the products to run at full speed
+CHUNK_BYTES = 128 << 20  # of logits: large enough for the products to run at full speed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(flat.shape[0], dtype=torch.float32, device=flat.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(flat) if wants_hidden else None
-        grad_weight = _WeightGradient(weight) if wants_weight else None
+        grad_weight = _WeightGradient(weight, kernels) if wants_weight else None
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)
             x, target = flat[part], labels[part]
@@ -89,20 +89,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _WeightGradient:
     """Sums the chunks' parts of the weight's gradient: in fp32 when there are several, else as the product gives it."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, weight: Tensor, kernels: Kernels) -> None:
+        self._weight, self._accumulate = weight, kernels.accumulate_
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
 
     def add(self, grad_logits: Tensor, x: Tensor) -> None:
         """Add grad_logits^T x."""
-        part = grad_logits.t() @ x
         if self._first is None:
-            self._first = part
-        elif self._sum is None:
-            self._sum = self._first.float().add_(part)
+            self._first = grad_logits.t() @ x
+        elif self._first.dtype == torch.float32:
+            self._first.addmm_(grad_logits.t(), x)
         else:
-            self._sum.add_(part)
+            if self._sum is None:
+                self._sum = self._first.float()
+            self._accumulate(self._sum, grad_logits.t() @ x, False)
 
     def total(self) -> Tensor:
         """The sum in the weight's type."""

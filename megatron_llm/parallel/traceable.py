@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from megatron_llm.kernels.fp8 import E5M2, Scaled, forward_product, input_product, scaled
 from megatron_llm.parallel.comm import (
     Pending,
     all_gather_first_dim,
@@ -23,42 +24,51 @@ from megatron_llm.parallel.comm import (
 from megatron_llm.parallel.deferred import weight_gradient
 from megatron_llm.parallel.groups import Group
 
+# With the compiler's CUDA graphs (--compile-mode), what communicates runs between the recorded pieces and not in them.
+OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
 
 def _group(name: str) -> Group:
     pg = _resolve_process_group(name)  # type: ignore[arg-type]
     return Group(tuple(range(pg.size())), pg.rank(), pg)
 
 
-@torch.library.custom_op("megatron_llm::column_linear", mutates_args=())
-def column_linear(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool) -> Tensor:
+@torch.library.custom_op("megatron_llm::column_linear", mutates_args=(), tags=OUTSIDE_GRAPHS)
+def column_linear(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, fp8: bool) -> Tensor:
     """x W^T with `x` [S, B, in], or [S/tp, B, in] gathered over the group under sequence parallelism."""
-    return F.linear(all_gather_first_dim(x, _group(group)) if sequence_parallel else x, weight)
+    whole = all_gather_first_dim(x, _group(group)) if sequence_parallel else x
+    return forward_product(whole, weight) if fp8 else F.linear(whole, weight)
 
 
 @column_linear.register_fake
-def _(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, fp8: bool) -> Tensor:
     length = x.shape[0] * (_group(group).size if sequence_parallel else 1)
     return x.new_empty((length, *x.shape[1:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("megatron_llm::column_linear_backward", mutates_args=())
+@torch.library.custom_op("megatron_llm::column_linear_backward", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def column_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `column_linear`'s input and weight, the second empty unless `wants_weight`."""
-    grad_x, grad_weight = column_gradients(grad, x, weight, _group(group), sequence_parallel, wants_weight)
+    grad_x, grad_weight = column_gradients(operand(grad, fp8=fp8), x, weight, _group(group), sequence_parallel, wants_weight)
     return grad_x, weight.new_empty(0) if grad_weight is None else grad_weight
 
 
 @column_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, fp8: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if wants_weight else 0)
 
 
+def operand(grad: Tensor, *, fp8: bool) -> Tensor | Scaled:
+    """An output's gradient as the products of the backward take it, in 8 bits where they are."""
+    return scaled(grad, E5M2) if fp8 else grad.contiguous()
+
+
 def column_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, wants_weight: bool
+    grad: Tensor | Scaled, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a column-parallel product's input, summed over the group, and of its weight.
+    """Gradients of a column-parallel product's input, summed over the group, and of its weight; `grad` is an `operand`.
 
     Under sequence parallelism the input is gathered again while its gradient is computed; the gradient is reduced while
     the weight's is computed.
@@ -66,8 +76,7 @@ def column_gradients(
     gathered = Pending(x)
     if sequence_parallel and wants_weight:
         gathered = all_gather_into(x.new_empty((x.shape[0] * group.size, *x.shape[1:])), x.contiguous(), group, async_op=True)
-    grad = grad.contiguous()
-    grad_x = grad.matmul(weight)
+    grad_x = input_product(grad, weight) if isinstance(grad, Scaled) else grad.matmul(weight)
     total = gathered.wait()
     if sequence_parallel:
         reduced = reduce_scatter_into(torch.empty_like(x, memory_format=torch.contiguous_format), grad_x, group, async_op=True)
@@ -78,21 +87,21 @@ def column_gradients(
 
 
 def _column_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.group, ctx.sequence_parallel = inputs
+    x, weight, ctx.group, ctx.sequence_parallel, ctx.fp8 = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _column_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+def _column_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
     x, weight = ctx.saved_tensors
     wants_weight = ctx.needs_input_grad[1]
-    grad_x, grad_weight = column_linear_backward(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight)
-    return grad_x, grad_weight if wants_weight else None, None, None
+    grad_x, grad_weight = column_linear_backward(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight, ctx.fp8)
+    return grad_x, grad_weight if wants_weight else None, None, None, None
 
 
 column_linear.register_autograd(_column_backward, setup_context=_column_setup)
 
 
-@torch.library.custom_op("megatron_llm::sum_over_group", mutates_args=())
+@torch.library.custom_op("megatron_llm::sum_over_group", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def sum_over_group(x: Tensor, group: str) -> Tensor:
     """Sum over the group; the gradient passes unchanged."""
     return all_reduce(x.clone(memory_format=torch.contiguous_format), _group(group))
@@ -114,7 +123,7 @@ def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 sum_over_group.register_autograd(_sum_backward, setup_context=_sum_setup)
 
 
-@torch.library.custom_op("megatron_llm::scatter_sum", mutates_args=())
+@torch.library.custom_op("megatron_llm::scatter_sum", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def scatter_sum(x: Tensor, group: str) -> Tensor:
     """This rank's [S/n, ...] of the sum over the group of [S, ...]; the gradient is gathered."""
     return reduce_scatter_first_dim(x.contiguous(), _group(group))
@@ -125,7 +134,7 @@ def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty((x.shape[0] // _group(group).size, *x.shape[1:]))
 
 
-@torch.library.custom_op("megatron_llm::gather_sequence", mutates_args=())
+@torch.library.custom_op("megatron_llm::gather_sequence", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def gather_sequence(x: Tensor, group: str) -> Tensor:
     """Every rank's [n, ...] end to end."""
     return all_gather_first_dim(x.contiguous(), _group(group))

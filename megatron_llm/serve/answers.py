@@ -10,6 +10,8 @@ from megatron_llm.serve.language_model import LanguageModel
 from megatron_llm.serve.requests import GenerationRequest
 from megatron_llm.serve.sampling import Choice
 
+_MARK = "\0"  # stands for a text; nothing else in an event holds it, names of folders and flags cannot
+
 
 class AnswerWriter:
     """Turns the pieces of one request into JSON objects, and counts tokens as it goes."""
@@ -22,6 +24,7 @@ class AnswerWriter:
         self._offsets = [0] * count
         self._finish: list[str | None] = [None] * count
         self._tokens = 0
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         kind = "chatcmpl" if request.chat else "cmpl"
         self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
 
@@ -32,11 +35,12 @@ class AnswerWriter:
 
     def add(self, piece: Piece) -> None:
         """Keep a piece. The end token counts as generated, although it is no text."""
-        self._texts[piece.index] += piece.text
-        self._finish[piece.index] = piece.finish
-        self._tokens += 1
-        if piece.choice is not None and self._request.options.logprobs is not None:
-            self._choices[piece.index].append(piece.choice)
+        self._finish[piece.number] = piece.finish
+        self._tokens += piece.tokens
+        if not self._request.stream:
+            self._texts[piece.number] += piece.text
+            if self._request.options.logprobs is not None:
+                self._choices[piece.number] += piece.choices
 
     def usage(self) -> dict[str, int]:
         """Tokens of the prompts, each counted once, and of all answers."""
@@ -62,13 +66,24 @@ class AnswerWriter:
             self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]) for index in range(len(self._texts))
         ]
 
-    def chunk(self, piece: Piece) -> bytes | None:
-        """A piece as server-sent event; None when it shows nothing."""
-        wanted = piece.choice is not None and self._request.options.logprobs is not None
-        if not piece.text and piece.finish is None and not wanted:
-            return None
-        logprobs = self._logprobs([piece.choice], piece.index) if wanted and piece.choice is not None else None
-        choice: dict[str, Any] = {"index": piece.index, "logprobs": logprobs, "finish_reason": piece.finish}
+    def chunk(self, piece: Piece) -> bytes:
+        """A piece as server-sent event; nothing when it shows nothing."""
+        logprobs = self._request.options.logprobs is not None and bool(piece.choices)
+        if not piece.text and piece.finish is None and not logprobs:
+            return b""
+        if piece.finish is None and not logprobs:
+            before, after = self._frames.get(piece.number) or self._frame(piece.number)
+            return before + json.dumps(piece.text, ensure_ascii=False).encode() + after
+        return self._render(piece, self._logprobs(list(piece.choices), piece.number) if logprobs else None)
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text in an event that shows nothing else, which is the same for all of an answer."""
+        before, _, after = self._render(Piece(index, _MARK, (), 1), None).partition(json.dumps(_MARK).encode())
+        self._frames[index] = before, after
+        return before, after
+
+    def _render(self, piece: Piece, logprobs: dict[str, Any] | None) -> bytes:
+        choice: dict[str, Any] = {"index": piece.number, "logprobs": logprobs, "finish_reason": piece.finish}
         choice |= {"delta": {"content": piece.text} if piece.text else {}} if self._request.chat else {"text": piece.text}
         return self._chunk([choice])
 

@@ -4,8 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from megatron_llm.serve.answers import AnswerWriter, event
@@ -14,13 +13,20 @@ from megatron_llm.serve.fields import parse_object
 from megatron_llm.serve.metrics import Metrics
 from megatron_llm.serve.options import ServeOptions
 from megatron_llm.serve.pages import add_page
+from megatron_llm.serve.post import Gone, Inbox, Post
 from megatron_llm.serve.refusals import Refusal
 from megatron_llm.serve.requests import read_chat, read_completion
 from megatron_llm.utils.optional import require
 
 log = logging.getLogger(__name__)
 _STREAM = "text/event-stream"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 _READ_ON = 8 << 20
+_READ_HERE = 4096  # bytes; a larger body is taken apart in another thread, so that others need not wait for its tokens
 LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
@@ -69,7 +75,8 @@ def _refused(refusal: Refusal) -> Any:
 
 class _Routes:
     def __init__(self, engine: Engine, options: ServeOptions, metrics: Metrics) -> None:
-        self._engine, self._options, self._metrics = engine, options, metrics
+        self.engine, self.counters = engine, metrics
+        self._options, self._post = options, Post()
 
     def watched(self, route: str, endpoint: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
         """The endpoint behind the key, with refusals turned into responses, and counted."""
@@ -82,13 +89,13 @@ class _Routes:
             except Refusal as refusal:
                 response = _refused(refusal)
             except asyncio.CancelledError:
-                self._metrics.count_request(route, 499, time.monotonic() - start)
+                self.counters.count_request(route, 499, time.monotonic() - start)
                 raise
             except Exception:
                 log.exception("%s failed", route)
                 response = _refused(Refusal(500, "the server failed; its log says more", code="internal_error"))
             if response.media_type != _STREAM:  # those are counted at their end
-                self._metrics.count_request(route, response.status_code, time.monotonic() - start)
+                self.counters.count_request(route, response.status_code, time.monotonic() - start)
             return response
 
         return handle
@@ -119,44 +126,48 @@ class _Routes:
         from starlette.responses import JSONResponse
 
         name = request.path_params["name"]
-        if name != self._engine.model.name:
+        if name != self.engine.model.name:
             raise Refusal(404, f"the model '{name[:200]}' is not served here", param="model", code="model_not_found")
         return JSONResponse(self._model_card())
 
     def _model_card(self) -> dict[str, Any]:
-        model = self._engine.model
+        model = self.engine.model
         card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "megatron_llm"}
         return {**card, "max_model_len": model.context, "chat": model.has_template}
 
     async def health(self, request: Any) -> Any:
         from starlette.responses import JSONResponse
 
-        alive = self._engine.alive
+        alive = self.engine.alive
         return JSONResponse({"status": "ok" if alive else "engine stopped"}, status_code=200 if alive else 503)
 
     async def metrics_page(self, request: Any) -> Any:
         from starlette.responses import PlainTextResponse
 
-        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(self.counters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _generate(self, request: Any, chat: bool) -> Any:
-        content = parse_object(await self._body(request))
+        body = await self._body(request)
+        arguments = (parse_object(body), self.engine.model, self._options.limits)
         read = read_chat if chat else read_completion
-        wanted = await asyncio.to_thread(read, content, self._engine.model, self._options.limits)
-        queue: asyncio.Queue[Piece | Failed] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        job = self._engine.submit(wanted.prompts, wanted.n, wanted.options, lambda piece: _hand_over(loop, queue, piece))
-        writer = AnswerWriter(wanted, self._engine.model)
-        if not wanted.stream:
-            return await self._whole(request, job, queue, writer)
+        here = len(body) <= _READ_HERE and not self.engine.model.tokenizing
+        wanted = read(*arguments) if here else await asyncio.to_thread(read, *arguments)
+        inbox = self._post.inbox()
+        job = self.engine.submit(wanted.prompts, wanted.n, wanted.options, inbox.put, whole=not wanted.stream)
+        writer = AnswerWriter(wanted, self.engine.model)
+        watcher = asyncio.ensure_future(_tell_when_gone(request, inbox))
+        answer = _Stream(self, request, job, inbox, writer, watcher)
+        handed_over = False
         try:
-            first = await _or_gone(request, queue.get())  # a refusal now still gets its own HTTP status
-            if isinstance(first, Failed):
-                raise first.refusal
-        except BaseException:
-            self._engine.cancel(job)
-            raise
-        return self._streamed(request, job, first, queue, writer)
+            if wanted.stream:
+                answer.first = await inbox.take()  # a refusal now still gets its own HTTP status
+                _raise_refusal(answer.first)
+                handed_over = True
+                return answer
+            return await _whole(inbox, writer)
+        finally:
+            if not handed_over:
+                answer.end()
 
     async def _body(self, request: Any) -> bytes:
         limits = self._options.limits
@@ -177,71 +188,78 @@ class _Routes:
             raise Refusal(413, message, code="body_too_large", headers={"Connection": "close"})
         return bytes(body)
 
-    async def _whole(self, request: Any, job: Job, queue: "asyncio.Queue[Piece | Failed]", writer: AnswerWriter) -> Any:
-        from starlette.responses import JSONResponse
 
-        async def collect() -> None:
-            while writer.open:
-                piece = await queue.get()
-                if isinstance(piece, Failed):
-                    raise piece.refusal
-                writer.add(piece)
+class _Stream:
+    """A response that grows: server-sent events as the pieces come."""
 
+    media_type, status_code = _STREAM, 200
+
+    def __init__(self, routes: _Routes, request: Any, job: Job, inbox: Inbox, writer: AnswerWriter, watcher: Any) -> None:
+        self._routes, self._request, self._job = routes, request, job
+        self._inbox, self._writer, self._watcher = inbox, writer, watcher
+        self.first: list[Piece | Failed | Gone] = []
+
+    def end(self) -> None:
+        """The engine need not go on; it does nothing when it has ended."""
+        self._watcher.cancel()
+        self._routes.engine.cancel(self._job)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events; whatever happens, the request is counted and its places are freed."""
+        status = 499  # until it ends otherwise
         try:
-            await _or_gone(request, collect())
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            chunks, pieces = self._writer.first_chunks(), self.first
+            while (ended := self._write(pieces, chunks)) is None:
+                if chunks:
+                    await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
+                chunks, pieces = [], await self._inbox.take()
+            status = ended
+            await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": False})
         finally:
-            self._engine.cancel(job)  # does nothing when it is over
-        return JSONResponse(writer.whole())
+            self.end()
+            seconds = time.monotonic() - self._request.state.start
+            self._routes.counters.count_request(self._request.url.path, status, seconds)
 
-    def _streamed(self, request: Any, job: Job, first: Piece, queue: "asyncio.Queue[Piece | Failed]", writer: AnswerWriter) -> Any:
-        from starlette.responses import StreamingResponse
-
-        async def stream() -> AsyncIterator[bytes]:
-            piece: Piece | Failed = first
-            status = 499  # until it ends otherwise
-            try:
-                for chunk in writer.first_chunks():
-                    yield chunk
-                while True:
-                    if isinstance(piece, Failed):
-                        status = piece.refusal.status
-                        yield event(piece.refusal.body())
-                        return
-                    writer.add(piece)
-                    if (shown := writer.chunk(piece)) is not None:
-                        yield shown
-                    if not writer.open:
-                        break
-                    piece = await queue.get()
-                for chunk in writer.last_chunks():
-                    yield chunk
-                status = 200
-            finally:
-                self._engine.cancel(job)
-                self._metrics.count_request(request.url.path, status, time.monotonic() - request.state.start)
-
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(stream(), media_type=_STREAM, headers=headers)
+    def _write(self, pieces: "list[Piece | Failed | Gone]", chunks: list[bytes]) -> int | None:
+        """Put the events of pieces behind `chunks`; the status with which the stream has now ended, None while it goes on."""
+        for piece in pieces:
+            if isinstance(piece, Gone):
+                return 499
+            if isinstance(piece, Failed):
+                chunks.append(event(piece.refusal.body()))
+                return piece.refusal.status
+            self._writer.add(piece)
+            if shown := self._writer.chunk(piece):
+                chunks.append(shown)
+        if self._writer.open:
+            return None
+        chunks += self._writer.last_chunks()
+        return 200
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Piece | Failed]", piece: Piece | Failed) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-        loop.call_soon_threadsafe(queue.put_nowait, piece)
+async def _whole(inbox: Inbox, writer: AnswerWriter) -> Any:
+    """The response to a request without streaming, when all its answers have ended."""
+    from starlette.responses import JSONResponse
+
+    while writer.open:
+        pieces = await inbox.take()
+        _raise_refusal(pieces)
+        for piece in pieces:
+            if isinstance(piece, Piece):
+                writer.add(piece)
+    return JSONResponse(writer.whole())
 
 
-async def _or_gone(request: Any, work: Any) -> Any:
-    """The result of `work`, which is given up when the client goes away (status 499, which nobody reads)."""
+def _raise_refusal(pieces: "list[Piece | Failed | Gone]") -> None:
+    for piece in pieces:
+        if isinstance(piece, Failed):
+            raise piece.refusal
+        if isinstance(piece, Gone):
+            raise Refusal(499, "the client closed the connection")
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise Refusal(499, "the client closed the connection")
-    finally:
-        for task in tasks:
-            task.cancel()
+async def _tell_when_gone(request: Any, inbox: Inbox) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    inbox.put_here(Gone())

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from megatron_llm.convert.model_folders import hf_folders
 from megatron_llm.serve.client import Client, Ending
-from megatron_llm.serve.folders import FoundFolders
 from megatron_llm.serve.options import ServeOptions
 from megatron_llm.serve.server import bind, running_server, to_stderr, url_of
 from megatron_llm.serve.vllm import choose_engine, vllm_command, vllm_environment, vllm_program
@@ -67,7 +67,7 @@ def _vllm(options: ServeOptions, report: Callable[[str], None]) -> Iterator[str]
     with bind(options.host, 0) as bound:
         port = bound.getsockname()[1]
         url = url_of(bound)
-    with FoundFolders(options.source, report) as folders:
+    with hf_folders(options.source.model, options.source.adapters, report) as folders:
         command = vllm_command(program, replace(options, port=port), folders)
         with subprocess.Popen(command, env=vllm_environment(options), stdout=2 if os.isatty(2) else subprocess.DEVNULL) as child:
             try:

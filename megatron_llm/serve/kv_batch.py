@@ -1,17 +1,21 @@
 """Keys and values of all running answers in one cache, padded on the left, so that one forward pass serves them all.
 
-An answer joins with the cache of its prompt and leaves at its end; what is padding for everybody is then cut away.
+All rows end at the same column, where the next token of each is written. An answer joins with the cache of its prompt,
+which is copied into free rows; when one leaves, the last row takes its place. The buffers have room for some tokens more
+than there are: only when that is used up is everything copied into new ones.
 """
 
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from megatron_llm.serve.language_model import LanguageModel
 
 Owner = TypeVar("Owner")
+_ROWS_AT_ONCE = 8
+_LEAST_ROOM, _MOST_ROOM = 64, 256  # columns
 
 
 class KeyValueBatch(Generic[Owner]):
@@ -19,56 +23,86 @@ class KeyValueBatch(Generic[Owner]):
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._cache: Any = None
-        self._mask = torch.ones(0, 0, dtype=torch.long, device=model.device)  # [rows, columns]; 0 is padding
-        self._lengths = torch.zeros(0, dtype=torch.long, device=model.device)  # [rows]
         self.owners: list[Owner] = []
+        self._clear()
 
-    def add(self, cache: Any, owners: list[Owner]) -> None:
-        """Let `owners` join, all with the same prompt, whose cache (one row) is given away."""
-        length = int(cache.get_seq_length())
-        if len(owners) > 1:
-            cache.batch_repeat_interleave(len(owners))
-        if not self.owners:
-            self._cache = cache
-            self._mask = torch.ones(len(owners), length, dtype=torch.long, device=self._mask.device)
-        else:
-            columns = max(length, self._mask.shape[1])
-            self._widen(columns - self._mask.shape[1])
-            for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-                mine.keys = torch.cat([mine.keys, pad(new.keys, (0, 0, columns - length, 0))])
-                mine.values = torch.cat([mine.values, pad(new.values, (0, 0, columns - length, 0))])
-            row = pad(torch.ones(len(owners), length, dtype=torch.long, device=self._mask.device), (columns - length, 0))
-            self._mask = torch.cat([self._mask, row])
-        self._lengths = torch.cat([self._lengths, torch.full((len(owners),), length, device=self._lengths.device)])
-        self.owners += owners
+    def _clear(self) -> None:
+        self.owners.clear()
+        self._lengths: list[int] = []
+        self._layers: list[Any] = []
+        self._cache: Any = None
+        self._span: Any = None
+        self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._model.device)  # [rows, columns]; 0 is padding
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
+    def add(self, cache: Any, owners: Sequence[Sequence[Owner]], lengths: Sequence[int]) -> None:
+        """Let answers join. Row r of `cache` holds a prompt of `lengths[r]` tokens, padded on the left, for all `owners[r]`."""
+        columns = int(cache.get_seq_length())
+        source = [row for row, group in enumerate(owners) for _ in group]
+        first, count = len(self.owners), len(source)
+        self._make_room(cache, first + count, columns)
+        end = self._span.end
+        for mine, new in zip(self._layers, cache.layers, strict=True):
+            same = count == len(owners)
+            mine.write(first, end, new.keys if same else new.keys[source], new.values if same else new.values[source])
+        self._mask[first : first + count] = 0
+        for row, place in enumerate(source, start=first):
+            self._mask[row, end - lengths[place] : end] = 1
+            self._lengths.append(lengths[place])
+        self.owners += [owner for group in owners for owner in group]
+        self._set_span()
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Let the owners of these rows leave. The order of the others changes."""
         if len(rows) == len(self.owners):
+            self._clear()
             return
-        self.owners = [self.owners[row] for row in rows]
-        chosen = torch.tensor(rows, dtype=torch.long, device=self._mask.device)
-        self._mask, self._lengths = self._mask[chosen], self._lengths[chosen]
-        if not rows:
-            self._cache = None
-            return
-        unused = self._mask.shape[1] - int(self._lengths.max())
-        self._mask = self._mask[:, unused:]
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[chosen, :, unused:].contiguous()
-            layer.values = layer.values[chosen, :, unused:].contiguous()
+        for row in sorted(rows, reverse=True):
+            last = len(self.owners) - 1
+            if row != last:
+                for layer in self._layers:
+                    layer.copy_row(last, row)
+                self._mask[row] = self._mask[last]
+                self._lengths[row], self.owners[row] = self._lengths[last], self.owners[last]
+            self._lengths.pop()
+            self.owners.pop()
+        if rows:
+            self._set_span()
 
-    def step(self, tokens: list[int]) -> Tensor:
+    def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every row; logits [rows, vocabulary] of what comes next."""
+        self._make_room(None, len(self.owners), 0)
+        span = self._span
         ids = torch.tensor(tokens, dtype=torch.long, device=self._mask.device)[:, None]
-        self._mask = pad(self._mask, (0, 1), value=1)
-        logits = self._model.forward(ids, self._cache, self._mask, self._lengths[:, None])
-        self._lengths = self._lengths + 1
+        positions = torch.tensor(self._lengths, dtype=torch.long, device=self._mask.device)[:, None]
+        self._mask[: span.rows, span.end] = 1
+        logits = self._model.forward(ids, self._cache, self._mask[: span.rows, span.start : span.end + 1], positions)
+        self._lengths = [length + 1 for length in self._lengths]
+        span.end += 1
         return logits
 
-    def _widen(self, columns: int) -> None:
-        if columns > 0:
-            self._mask = pad(self._mask, (columns, 0))
-            for layer in self._cache.layers:
-                layer.keys, layer.values = pad(layer.keys, (0, 0, columns, 0)), pad(layer.values, (0, 0, columns, 0))
+    def _set_span(self) -> None:
+        self._span.rows, self._span.start = len(self.owners), self._span.end - max(self._lengths)
+
+    def _make_room(self, cache: Any, rows: int, columns: int) -> None:
+        """Room for so many rows, for columns of newcomers before the end, and for one token behind it."""
+        held_rows, held_columns = self._mask.shape
+        if self._span is not None and rows <= held_rows and columns <= self._span.end < held_columns:
+            return
+        from megatron_llm.serve.kv_layers import Span, roomy_cache, roomy_layer
+
+        old = self._span or Span()
+        end = max(columns, old.end - old.start)
+        rows = -(-rows // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
+        room = min(max(end // 2, _LEAST_ROOM), _MOST_ROOM)
+        span = Span(old.rows, end - (old.end - old.start), end)
+        mask = torch.zeros(rows, end + room, dtype=torch.long, device=self._mask.device)
+        mask[: old.rows, span.start : end] = self._mask[: old.rows, old.start : old.end]
+        if self._layers:
+            # One after the other, so that only one layer is held twice.
+            for number, layer in enumerate(self._layers):
+                self._layers[number] = layer.moved(span, rows, end + room)
+        else:
+            make = roomy_layer()
+            self._layers = [make(span, layer.keys, layer.values, rows, end + room) for layer in cache.layers]
+            self._cache = roomy_cache(self._layers)  # holds the list itself, and with it what is put there later
+        self._mask, self._span = mask, span

@@ -49,10 +49,10 @@ class Metrics:
         with self._lock:
             self._prompt_tokens += tokens
 
-    def count_token(self) -> None:
-        """A token was chosen."""
+    def count_tokens(self, number: int) -> None:
+        """So many tokens were chosen."""
         with self._lock:
-            self._tokens += 1
+            self._tokens += number
 
     def observe_first_token(self, seconds: float) -> None:
         """From a request's arrival to its first token."""

@@ -27,7 +27,7 @@ class Limits:
     new_tokens: int = 1024
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
-    running: int = 16
+    running: int = 32
     waiting: int = 64
     seconds: float = 600.0
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_llm.convert.model_folders import Folders, hf_folders
 from megatron_llm.serve.app import add_errors
-from megatron_llm.serve.folders import Folders, FoundFolders
 from megatron_llm.serve.options import ServeOptions
 from megatron_llm.serve.pages import add_page
 from megatron_llm.serve.server import HttpServer, bind, to_stderr, url_of
@@ -84,7 +84,11 @@ def serve_with_vllm(options: ServeOptions, report: Callable[[str], None] = to_st
     if program is None:
         raise UserError("vLLM is not installed in this environment nor on the PATH")
     bind(options.host, options.port).close()  # a port in use is told now
-    with bind(options.host, options.port + 1 if options.port else 0) as bound, FoundFolders(options.source, report) as folders:
+    source = options.source
+    with (
+        bind(options.host, options.port + 1 if options.port else 0) as bound,
+        hf_folders(source.model, source.adapters, report) as folders,
+    ):
         command = vllm_command(program, options, folders)
         report("starting " + " ".join(command))
         with subprocess.Popen(command, env=vllm_environment(options)) as child:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_llm.config.schema import RunConfig
 from megatron_llm.data.batch import Batch
+from megatron_llm.kernels import fp8
 from megatron_llm.kernels.dispatch import select_kernels
 from megatron_llm.lora.parallel import add_adapters
 from megatron_llm.models.causal_lm import ModelOptions, build_chunks
@@ -50,13 +51,15 @@ class NativeEngine:
 
     `config` must be resolved. With a LoRA rank the weights are frozen and adapters are added; `family` then has a table
     with rules for both. `chunks`, `grad_sync` and `optimizer` are public: checkpoints read them. `on_action` is
-    told each pipeline action before it starts, for the line that a failure prints.
+    told each pipeline action before it starts, for the line that a failure prints. `before_update` is called in each step
+    when the gradients are there, before weights and optimizer state change.
     """
 
     def __init__(
         self, config: RunConfig, family: Family, groups: ParallelGroups, on_action: Callable[[Action], None] | None = None
     ) -> None:
         self.config, self.family, self.groups = config, family, groups
+        self.before_update: Callable[[], None] = lambda: None
         self.dtype = model_dtype(config)
         options = ModelOptions(
             seed=config.train.seed,
@@ -64,7 +67,11 @@ class NativeEngine:
             sequence_parallel=config.parallel.sequence_parallel,
             recompute=config.train.recompute_granularity,  # type: ignore[arg-type]
             compile=config.train.compile,
+            compile_mode=config.train.compile_mode,
+            fp8=config.train.fp8 != "none",
         )
+        if options.fp8:
+            fp8.require(groups.device)
         parallel = config.parallel
         self.kernels = kernels = select_kernels(
             config.train.kernels,  # type: ignore[arg-type]
@@ -104,6 +111,7 @@ class NativeEngine:
     def train_step(self, batches: Sequence[Batch], *, step: int, first_sample: int, lr: float) -> StepOutcome:
         """One optimizer step over this replica's micro-batches of a global batch that starts at sample `first_sample`."""
         loss, tokens = self.compute_gradients(batches, step=step, first_sample=first_sample)
+        self.before_update()
         result = self.optimizer.step(lr)
         return StepOutcome(
             loss=loss,

@@ -12,7 +12,7 @@ from megatron_llm.config.schema import DataConfig, RunConfig
 from megatron_llm.data.batch import Batch, Dataset
 from megatron_llm.data.blend import parse_data_path
 from megatron_llm.data.build import build_datasets, sample_counts, sample_order
-from megatron_llm.data.chat_template import chat_template_hash, special_token_ids, tokenizer_settings_folder
+from megatron_llm.data.chat_template import begin_id, chat_template_hash, tokenizer_settings_folder
 from megatron_llm.data.loader import BatchLoader, evaluation_batches
 from megatron_llm.data.sidecar import read_sidecar
 from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
@@ -44,7 +44,7 @@ class Identity:
             vocab_size=self.vocab_size,
             tokenizers={kind: self.fingerprint} if self.fingerprint is not None else {},
             eod=ends,
-            bos=special_token_ids(folder)["bos"] if folder is not None else stamped.get("bos_id"),
+            bos=begin_id(tokenizer) if tokenizer is not None and folder is not None else stamped.get("bos_id"),
             eos=ends,
             chat_template=chat_template_hash(folder) if folder is not None else stamped.get("chat_template"),
             rope=rope_settings(config.model),

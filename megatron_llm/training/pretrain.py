@@ -29,7 +29,7 @@ from megatron_llm.training.callbacks.registry import build_callbacks
 from megatron_llm.training.engine import NativeEngine, model_dtype
 from megatron_llm.training.flops import Peak, flops_per_token, local_peak
 from megatron_llm.training.inputs import Identity, Inputs, identify, save_tokenizer, with_vocabulary
-from megatron_llm.training.preview import layout_line, lr_points
+from megatron_llm.training.preview import fp8_notes, layout_line, lr_points
 from megatron_llm.training.session import Launch, choose_device, distributed, require_equal_flags, tune_process
 from megatron_llm.training.signals import ExitMonitor, SignalWatcher
 from megatron_llm.training.snapshots import Snapshots
@@ -116,7 +116,13 @@ def _describe(config: RunConfig, engine: NativeEngine, start_step: int, process:
         parameter_count=count_parameters(engine),
         layout=f"{layout_line(config, groups.world.size, groups.device.type, backend)}, {process}",
         lr_points=lr_points(config, start_step),
-        notes=(*_adapter_notes(config, engine), f"kernels: {engine.kernels.describe()}", peak, *advice(config, groups.world.size)),
+        notes=(
+            *_adapter_notes(config, engine),
+            f"kernels: {engine.kernels.describe()}",
+            *fp8_notes(config, engine.chunks, groups.device),
+            peak,
+            *advice(config, groups.world.size),
+        ),
     )
 
 

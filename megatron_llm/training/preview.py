@@ -4,8 +4,15 @@ A schedule that is driven to the wrong peak or ends too early is visible here; a
 visible in the loss.
 """
 
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
 from megatron_llm.config.schema import RunConfig
+from megatron_llm.kernels.fp8 import UNIT
 from megatron_llm.optim.lr_schedule import decay_iters, learning_rate, warmup_iters
+from megatron_llm.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def lr_points(config: RunConfig, start_step: int = 0) -> tuple[tuple[int, float], ...]:
@@ -39,3 +46,18 @@ def layout_line(config: RunConfig, world_size: int, device: str, backend: str) -
     if dp > 1:
         text += ", ZeRO-1" if parallel.use_distributed_optimizer else ", replicated optimizer"
     return text
+
+
+def fp8_notes(config: RunConfig, chunks: Iterable[nn.Module], device: torch.device) -> list[str]:
+    """What the products in 8 bits are on this rank, and what must be padded for them; nothing where there are none."""
+    if config.train.fp8 == "none":
+        return []
+    text = "fp8: the linear layers of the blocks multiply in e4m3 forward and e5m2 for gradients, with one scale a tensor"
+    if device.type == "cpu":
+        text += "; a CPU emulates it, slower than without it"
+    layers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear))
+    uneven = {tuple(layer.weight.shape) for layer in layers if layer.fp8 and any(size % UNIT for size in layer.weight.shape)}
+    tokens = config.train.micro_batch_size * config.train.seq_length
+    padded = [f"weights of {rows} x {columns}" for rows, columns in sorted(uneven)]
+    padded += [f"micro-batches of {tokens} tokens"] if tokens % UNIT else []
+    return [text] + ([f"fp8: padded to multiples of {UNIT}, which takes time: {', '.join(padded)}"] if padded else [])

@@ -21,7 +21,7 @@ from megatron_llm.parallel import shm
 from megatron_llm.parallel.failure import PhaseTracker, rank_guard
 from megatron_llm.parallel.grid import Grid
 from megatron_llm.parallel.groups import ParallelGroups, build_groups, single_process_groups
-from megatron_llm.utils.allocator import keep_freed_memory
+from megatron_llm.utils.allocator import huge_pages_for_heap, keep_freed_memory
 from megatron_llm.utils.errors import UserError
 
 
@@ -75,14 +75,15 @@ def choose_threads(configured: int | None, launch: Launch, cores: int) -> int:
 def tune_process(config: RunConfig, launch: Launch, device: torch.device) -> str:
     """Set what makes the steps of a process fast; what was set, in a line.
 
-    Its threads, and on a CPU an allocator that keeps freed memory, and arithmetic that takes numbers too small for their
+    Its threads, and on a CPU an allocator that keeps freed memory, in huge pages, and arithmetic that takes numbers too small for their
     exponent as zero, which some processors are slow at.
     """
     threads = choose_threads(config.train.num_threads, launch, usable_cores())
     torch.set_num_threads(threads)
     done = [f"{threads} thread{'s' if threads > 1 else ''} each"]
     if device.type == "cpu":
-        done += ["freed memory is kept"] if keep_freed_memory() else []
+        if keep_freed_memory():
+            done += ["freed memory is kept in huge pages" if huge_pages_for_heap() else "freed memory is kept"]
         done += ["denormal numbers are zero"] if torch.set_flush_denormal(True) else []
     return ", ".join(done)
 

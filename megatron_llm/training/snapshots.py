@@ -80,6 +80,7 @@ class Snapshots:
             agree(error, "describing the model for its checkpoints", engine.groups)
             self._stamp, self._documents = written or (self._stamp, self._documents)
             self._checkpointer.reserve(self._entries() + self._buffers())
+            engine.before_update = self._checkpointer.settle
 
     @property
     def saves(self) -> bool:
@@ -178,6 +179,7 @@ class Snapshots:
 
     def _load(self, path: Path, manifest: Manifest, *, with_optimizer: bool) -> None:
         """Weights and main copies, each from the most precise copy there is; moments too when resuming."""
+        self.wait()  # a save under way may still copy what is overwritten here
         entries = self._entries()
         if not with_optimizer:
             entries = [entry for entry in entries if not entry.key.startswith(OPTIMIZER) or entry.key.startswith(MAIN)]

@@ -12,6 +12,11 @@ class UserError(Exception):
     """Bad input, told in one sentence."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a tool's main function; a UserError becomes one line on stderr and exit status 1."""
     try:

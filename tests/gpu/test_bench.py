@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import bench, kernels
-from benchmarks.gpu.waves import OUT_OF_TIME, Result, Turns
+from benchmarks.gpu.waves import OUT_OF_TIME, Result, Turns, waves_of
 from benchmarks.programs import Program
 from benchmarks.workload import Workload
 from megatron_llm.utils.errors import UserError
@@ -60,6 +60,19 @@ def test_waves_compare_with_the_anchor_and_keep_reasons(turns: Turns) -> None:
     assert bench.row(absent, work, about)[1].startswith("not run: ModuleNotFoundError")
 
 
+def test_a_program_that_needs_the_memory_of_two_has_a_wave_to_itself() -> None:
+    programs = [fake("anchor"), fake("a"), fake("large", alone=True), fake("b"), fake("c")]
+    assert waves_of(programs, 2) == [[1, 3], [2], [4]]
+    assert waves_of(programs[:1], 2) == []
+
+
+def test_every_program_has_its_turn_once() -> None:
+    found = bench.programs("cuda", tiny=False)
+    names = [program.name for program in found]
+    assert names[0] == "ours, compiled, fused" and len(names) == len(set(names)) == len(bench.OURS) + len(bench.TRANSFORMERS) + 1
+    assert "megatron-core, local modules" in names[:4]
+
+
 def test_waves_end_with_the_time_budget(turns: Turns) -> None:
     turns.deadline = time.monotonic() + 2.0
     began = time.monotonic()
@@ -81,8 +94,12 @@ def test_the_whole_benchmark_at_tiny_sizes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    ours, liger = found["training"]["tiny"]
-    assert len(ours["seconds"]) == 2 and ours["memory"] > 0 and ours["parameters"] == bench.TINY["tiny"].parameters
+    ours, liger, megatron, fp8 = found["training"]["tiny"]
+    for row, steps in ((ours, 4), (fp8, 2)):  # the first program is in both waves
+        assert len(row["seconds"]) == steps and row["memory"] > 0 and row["parameters"] == bench.TINY["tiny"].parameters
+    assert fp8["first_losses"] == pytest.approx(ours["first_losses"], rel=2e-2) and fp8["first_losses"] != ours["first_losses"]
+    assert "megatron-core is not installed" in megatron.get("not_run", "") or megatron["parameters"] == ours["parameters"]
+    assert "not_run" in megatron or megatron["first_losses"] == pytest.approx(ours["first_losses"], rel=1e-1)
     assert "needs liger_kernel, which is not installed" in liger["not_run"] or liger["median_s"] > 0
     assert len(found["kernels"]["rows"]) == 7 and "GPUs" in found["kernels"]["triton_not_run"]
     text = (tmp_path / "gpu.md").read_text()

@@ -19,6 +19,7 @@ from tests.rules.sources import ROOT
 from tests.rules.test_docs import BLOCK
 from tests.small_tokenizers import byte_level
 from tests.unit.finetune.runs import base_folder, step_losses, write_pairs
+from tests.unit.lora.tiny import make_adapter
 
 pytest.importorskip("peft", reason="peft is not installed: it comes with the extra finetune")
 pytest.importorskip("accelerate", reason="accelerate is not installed: it comes with the extra finetune")
@@ -31,7 +32,7 @@ FEW = ("--max-length", "24", "--global-batch-size", "8", "--train-iters", "3", "
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A checkout with a small model in `models/llama`, the demo's checkpoint, pairs, texts and a larger tokenizer."""
-    for name in ("run_lora_finetune.sh", "tools", "megatron_llm", "examples"):
+    for name in ("run_lora_finetune.sh", "merge.sh", "tools", "megatron_llm", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "run_lora_finetune.sh", tmp_path / "copy.sh")
     (tmp_path / "run_lora_finetune.sh").unlink()
@@ -222,6 +223,8 @@ def test_every_command_of_the_guide(place: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.eos_token = "<|endoftext|>"
         tokenizer.save_pretrained(folder)
+    for name in ("a", "b"):  # those that the guide merges
+        make_adapter(place / "runs" / name / "adapter", place / "models" / "llama", seed=ord(name))
     commands = [
         line for block in BLOCK.findall(GUIDE.read_text(encoding="utf-8")) for line in block.replace("\\\n", " ").splitlines() if line
     ]

@@ -45,6 +45,8 @@ class Place:
     def set_up(self, failing: str = "nothing") -> "Place":
         """Lay out the folder; `failing` is a word of the command that shall fail."""
         shutil.copy(ROOT / "run_pretrain_gpt.sh", self.folder)
+        (self.folder / "tools").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "tools" / "script_common.sh", self.folder / "tools")
         (self.folder / "run_install_environment.sh").write_text("exit 0\n")
         python = self.folder / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True, exist_ok=True)

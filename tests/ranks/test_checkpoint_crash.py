@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_llm.checkpoint import checkpointer as checkpointer_module
 from megatron_llm.checkpoint import durable, pieces
 from megatron_llm.checkpoint import save as save_module
 from megatron_llm.checkpoint.checkpointer import Checkpointer
@@ -55,9 +56,9 @@ def _stumble(seed: int) -> None:
 
         return step
 
-    for name in ("move_folder", "remove_folder", "replace_file", "write_manifest", "write_durably", "prepare"):
-        if hasattr(save_module, name):
-            setattr(save_module, name, pausing(getattr(save_module, name)))
+    for name in ("move_folder", "remove_folder", "replace_file", "write_manifest", "write_at_once", "flush", "prepare"):
+        setattr(save_module, name, pausing(getattr(save_module, name)))
+    checkpointer_module.copy_entries = pausing(checkpointer_module.copy_entries)
     pieces.PieceWriter._write_piece = pausing(pieces.PieceWriter._write_piece)  # type: ignore[method-assign]
     durable.shutil.rmtree = pausing(durable.shutil.rmtree)
 

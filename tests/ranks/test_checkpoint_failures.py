@@ -101,6 +101,33 @@ def test_a_commit_that_fails_on_rank_0_is_told_to_all(tmp_path: Path, async_save
     assert list(tmp_path.iterdir()) == []
 
 
+def save_with_a_bad_copy(groups: ParallelGroups, root: str) -> tuple[str, list[str]]:
+    """Rank 1 cannot copy its tensors; then all save again."""
+    checkpointer = Checkpointer(root, groups, async_save=True)
+    with mock.patch.object(checkpointer_module, "copy_entries", side_effect=MemoryError("no pages") if groups.rank == 1 else None):
+        checkpointer.save(1, entries(groups, 1.0), {})
+        checkpointer.settle()
+        try:
+            checkpointer.wait()
+            told = ""
+        except (UserError, MemoryError) as error:
+            told = f"{type(error).__name__}: {error}"
+    torch.distributed.barrier()
+    names = sorted(path.name for path in Path(root).iterdir())
+    torch.distributed.barrier()
+    checkpointer.save(2, entries(groups, 2.0), {})
+    checkpointer.wait()
+    return told, names
+
+
+def test_a_copy_that_fails_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
+    (first, names), (second, _) = run_ranks(save_with_a_bad_copy, str(tmp_path), dp=2, timeout=30.0)
+    assert first == "UserError: rank 1 (tp 0, dp 1, pp 0) failed while saving step 1: MemoryError: no pages"
+    assert second == "MemoryError: no pages"
+    assert names == []
+    assert find_latest(tmp_path, print) == tmp_path / "step_0000002"
+
+
 def save_where_rank_1_sees_another_disk(groups: ParallelGroups, root: str) -> str:
     """Rank 1 has a folder of the same name on a disk of its own."""
     mine = Path(root) / ("a" if groups.rank == 0 else "b")

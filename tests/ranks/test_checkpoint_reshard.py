@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
 
+from megatron_llm.checkpoint import assemble
 from megatron_llm.checkpoint.checkpointer import Checkpointer
 from megatron_llm.checkpoint.entries import Entry
 from megatron_llm.checkpoint.find import choose_checkpoint
@@ -106,6 +108,21 @@ def test_any_layout_restores_the_same_bits(tmp_path: Path, name: str, source: La
     run_ranks(save, str(tmp_path), name, torch.float32, 1, True, form, **source)
     wrong = run_ranks(wrong_after_load, str(tmp_path), name, torch.float32, 1, True, **target)
     assert wrong == [[]] * len(wrong)
+
+
+def save_in_rounds(groups: ParallelGroups, root: str, limit: int) -> None:
+    with mock.patch.object(assemble, "ROUND", limit):
+        save(groups, root, "gpt", torch.bfloat16, 1, True, "hf")
+
+
+def test_weights_are_put_together_in_rounds_of_any_size(tmp_path: Path) -> None:
+    """One weight at a time, some, all at once: the same files."""
+    found = []
+    for limit in (1, 9000, assemble.ROUND):
+        run_ranks(save_in_rounds, str(tmp_path / str(limit)), limit, tp=2, dp=2)
+        folder = tmp_path / str(limit) / "step_0000003"
+        found.append({path.name: path.read_bytes() for path in folder.glob("*.safetensors")})
+    assert len(found[0]) == 4 and found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("form", ["sharded", "hf"])

@@ -37,11 +37,28 @@ def test_compiled_layouts_equal_one_process(name: str) -> None:
     assert_same(answer_of(results), reference(point.family, point.tied, point.vocab, point.options))
 
 
-def test_the_compiler_s_own_code_equals_eager() -> None:
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("default", marks=pytest.mark.full)])  # alike on a CPU
+def test_the_compiler_s_own_code_equals_eager(mode: str) -> None:
     """One process, the C++ that the compiler writes, and the spelled-out attention and fused loss that go with it."""
-    point = Point(options=(("num_layers", 2), ("compile", True)))
+    point = Point(options=(("num_layers", 2), ("compile", True), ("compile_mode", mode)))
     (result,) = run_ranks(run_point, point, timeout=240)
     assert_same(answer_of([result]), reference("llama", False, 97, (("num_layers", 2), ("kernels", "torch"))))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_the_mode_reaches_the_compiler(mode: str) -> None:
+    """And the model runs under what the compiler made, here the layers as they are."""
+    options = (("num_layers", 2), ("kernels", "torch"))
+    with mock.patch.object(torch, "compile", side_effect=lambda layers, **options: layers) as compiler:
+        answer = reference("llama", False, 97, (*options, ("compile", True), ("compile_mode", mode)))
+    assert [call.kwargs["mode"] for call in compiler.call_args_list] == [mode]
+    assert answer.losses == reference("llama", False, 97, options).losses
+
+
+def test_recorded_kernels_leave_out_what_communicates() -> None:
+    operators = torch.ops.megatron_llm
+    names = ("column_linear", "column_linear_backward", "sum_over_group", "scatter_sum", "gather_sequence")
+    assert all(torch.Tag.cudagraph_unsafe in getattr(operators, name).default.tags for name in names)
 
 
 def check_operators(groups: ParallelGroups) -> None:
@@ -49,7 +66,8 @@ def check_operators(groups: ParallelGroups) -> None:
     weight = torch.randn(5, 4, requires_grad=True)
     for sequence_parallel in (False, True):
         x = torch.randn(6, 3, 4, requires_grad=True)
-        torch.library.opcheck(column_linear, (x, weight, groups.tp.name, sequence_parallel))
+        for fp8 in (False, True):
+            torch.library.opcheck(column_linear, (x, weight, groups.tp.name, sequence_parallel, fp8))
     torch.library.opcheck(sum_over_group, (torch.randn(6, 3, requires_grad=True), groups.tp.name))
     torch.library.opcheck(scatter_sum, (torch.randn(6, 3, requires_grad=True), groups.tp.name))
 

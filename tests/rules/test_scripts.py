@@ -1,5 +1,6 @@
 """The shell scripts: POSIX sh, nothing named that does not exist, every flag known to the tool it is given to."""
 
+import os
 import re
 import shlex
 import shutil
@@ -13,8 +14,10 @@ from megatron_llm.config.flags import parse_run_config
 from megatron_llm.config.resolve import resolve
 from tests.rules.sources import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("examples/**/*.sh")])
+SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), *ROOT.glob("examples/**/*.sh")])
 IDS = [str(script.relative_to(ROOT)) for script in SCRIPTS]
+DEFINED = re.compile(r"^(\w+)\(\) \{$", re.MULTILINE)
+READS_COMMON = '. "$HERE/tools/script_common.sh"'
 MENTIONED = re.compile(r"(?<![\w./-])((?:tools|examples|docs|requirements|csrc|tests)/[\w./-]+\.\w+|[\w-]+\.(?:sh|toml|md|py))(?![\w/])")
 
 
@@ -47,6 +50,31 @@ def test_posix_sh(script: Path) -> None:
     subprocess.run(["sh", "-n", str(script)], check=True)
     assert script.read_text().startswith("#!/bin/sh\n")
     assert "\nset -eu\n" in script.read_text()
+
+
+def test_the_scripts_share_one_beginning() -> None:
+    """What tools/script_common.sh defines, no script that reads it defines again."""
+    shared = set(DEFINED.findall((ROOT / "tools" / "script_common.sh").read_text()))
+    readers = {script.name: script.read_text() for script in SCRIPTS if f"\n{READS_COMMON}\n" in script.read_text()}
+    assert {"run_pretrain_gpt.sh", "run_lora_finetune.sh", "merge.sh", "run_evaluation.sh", "run_deploy.sh"} <= readers.keys()
+    assert {"fail", "show", "help_of"} <= shared
+    again = {name: sorted(shared & set(DEFINED.findall(text))) for name, text in readers.items()}
+    assert not any(again.values()), again
+
+
+@pytest.mark.parametrize("script", ["run_pretrain_gpt.sh", "run_lora_finetune.sh", "merge.sh", "run_evaluation.sh", "run_deploy.sh"])
+def test_help_works_anywhere_and_shows_settings_not_code(script: str, tmp_path: Path) -> None:
+    command = ["sh", os.path.relpath(ROOT / script, tmp_path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("# ") and "\nDRY_RUN=" in done.stdout and lines[-1].endswith(".py --help")
+    assert not [line for line in lines if line.startswith(("set -eu", "HERE=", ". ", "# shellcheck", "# ----"))]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_setting_with_a_quote_is_printed_so_that_it_can_be_pasted(tmp_path: Path) -> None:
+    (command,) = dry_run("merge.sh", tmp_path, ADAPTERS="a", SAVE="it's here; really $HOME")
+    assert command[command.index("--save") + 1] == "it's here; really $HOME"
 
 
 def test_shellcheck_sees_a_bashism(tmp_path: Path) -> None:

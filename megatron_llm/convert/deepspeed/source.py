@@ -24,10 +24,10 @@ from megatron_llm.convert.logical import HfFromLogical
 from megatron_llm.convert.megatron.arguments import config_from_megatron_args, true_vocabulary
 from megatron_llm.convert.megatron.folders import arguments
 from megatron_llm.convert.pickles import Foreign
-from megatron_llm.convert.raw_tensors import read_json
 from megatron_llm.convert.source import TensorInfo
 from megatron_llm.models.registry import get_family
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _POSITIONS = {1: "rope", 2: "learned_absolute", 3: "alibi"}  # numbers of BigScience's PositionEmbeddingType

@@ -9,7 +9,7 @@ it is asked for: memory is about two copies of one parameter.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +171,7 @@ def flat_cuts(
         lengths = [rank[number] if number < len(rank) else 0 for rank in sizes]
         offset = 0
         for place, (name, shape) in enumerate(group.items()):
-            pieces[name] = _over_partitions(lengths, number, offset, math.prod(shape))
+            pieces[name] = [Piece(rank, number, start, count) for rank, start, count in _overlaps(lengths, offset, math.prod(shape))]
             offset += math.prod(shape) + (paddings[number][place] if paddings else 0)
         align = 2 * len(sizes)  # partitions are aligned for the network, and the last one filled up
         if not 0 <= sum(lengths) - offset <= align:
@@ -185,31 +185,22 @@ def whole_cuts(sizes: Sequence[int], shapes: Mapping[str, tuple[int, ...]], rank
     offset = 0
     for name, shape in shapes.items():
         share = math.ceil(math.prod(shape) / ranks)
-        pieces[name] = [piece for rank in range(ranks) for piece in _over_groups(sizes, rank, offset, share)]
+        parts = list(_overlaps(sizes, offset, share))
+        pieces[name] = [Piece(rank, group, start, count) for rank in range(ranks) for group, start, count in parts]
         offset += share
     if offset != sum(sizes):
         raise UserError(f"the parameters take {offset} elements a rank, the flat groups hold {sum(sizes)}: files do not belong together")
     return pieces
 
 
-def _over_partitions(lengths: Sequence[int], group: int, offset: int, size: int) -> list[Piece]:
-    found, before = [], 0
-    for rank, length in enumerate(lengths):
+def _overlaps(lengths: Sequence[int], offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Of parts that lie one behind the other those that hold elements [offset, offset + size): number, first in it, how many."""
+    before = 0
+    for number, length in enumerate(lengths):
         start, end = max(offset, before), min(offset + size, before + length)
         if start < end:
-            found.append(Piece(rank, group, start - before, end - start))
+            yield number, start - before, end - start
         before += length
-    return found
-
-
-def _over_groups(sizes: Sequence[int], rank: int, offset: int, size: int) -> list[Piece]:
-    found, before = [], 0
-    for group, length in enumerate(sizes):
-        start, end = max(offset, before), min(offset + size, before + length)
-        if start < end:
-            found.append(Piece(rank, group, start - before, end - start))
-        before += length
-    return found
 
 
 def _mapped(states: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]] | None:

@@ -6,19 +6,15 @@ go on with and is an error of the file.
 """
 
 import csv
-import glob
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_llm.utils.compressed import SourceFile, plain_suffix
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.input_files import find_input_files
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
-_KINDS = ", ".join(SUFFIXES) + " (each also with .gz or .zst)"
-_WILD = "*?["
 _LONGEST_FIELD = 1 << 30  # characters of a CSV value; the library's own limit of 128 k is less than a long answer
 
 
@@ -31,36 +27,15 @@ class Raw:
     error: str | None = None
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     """The files that names, glob patterns and folders (searched through) stand for, each once, sorted within a pattern.
 
-    A name, pattern or folder that gives no file of a known kind is a UserError.
+    A name, pattern or folder that gives no file of one of these suffixes is a UserError.
     """
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        for path in _expand(str(pattern), suffixes):
-            found.setdefault(os.path.realpath(path), path)
+    found = find_input_files([str(pattern) for pattern in patterns], suffixes, what="the data file")
     if not found:
         raise UserError("no data was given: name files, folders or patterns")
-    return list(found.values())
-
-
-def _expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
-    kinds = _KINDS if tuple(suffixes) == SUFFIXES else " or ".join(suffixes) + " (each also with .gz or .zst)"
-    if os.path.isfile(pattern):
-        if plain_suffix(pattern) not in suffixes:
-            raise UserError(f"the data file {pattern} is of no known kind: its name should end in {kinds}")
-        return [pattern]
-    if os.path.isdir(pattern):
-        names = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
-    elif any(letter in pattern for letter in _WILD):
-        names = glob.glob(pattern, recursive=True)
-    else:
-        raise UserError(f"the data file {pattern} does not exist")
-    files = sorted(name for name in names if plain_suffix(name) in suffixes and os.path.isfile(name))
-    if not files:
-        raise UserError(f"{pattern} gives no data file: names should end in {kinds}")
-    return files
+    return found
 
 
 def read_raw(path: str) -> Iterator[Raw]:

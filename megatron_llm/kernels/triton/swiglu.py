@@ -107,7 +107,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 _swiglu.register_autograd(_differentiate, setup_context=_keep)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """As `reference.swiglu`; `gate` and `up` [..., n] of one type, rows of which may be strided (halves of one tensor)."""
+def swiglu(x: Tensor) -> Tensor:
+    """As `reference.swiglu`; the rows of `x` may lie apart."""
     require_triton()
+    gate, up = x.chunk(2, dim=-1)
     return _swiglu(gate, up)

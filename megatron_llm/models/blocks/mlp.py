@@ -25,8 +25,10 @@ class Mlp(nn.Module):
         wide = self.up(x)
         if not self.gated:
             return self.down(self._activate(wide))
+        if self.activation == "silu":
+            return self.down(self.kernels.swiglu(wide))
         gate, up = wide.chunk(2, dim=-1)
-        return self.down(self.kernels.swiglu(gate, up) if self.activation == "silu" else self._activate(gate) * up)
+        return self.down(self._activate(gate) * up)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "silu":

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_llm.config.schema import ModelConfig
 from megatron_llm.models.families.common import (
     LAYER,
+    LLAMA_NAMES,
     even_heads,
     even_rotary,
     expect,
@@ -26,14 +27,6 @@ from megatron_llm.models.mapping import MappingTable
 
 _QKV = "layers.{i}.attention.qkv.weight"
 _VOCABULARY_2 = 125696  # every Baichuan 2 has it, no Baichuan 1
-_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "norm_epsilon": "rms_norm_eps",
-}
 
 TABLE = MappingTable(
     [
@@ -65,7 +58,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
             "AutoConfig": "configuration_baichuan.BaichuanConfig",
             "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
         },
-        **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in LLAMA_NAMES.items()},
         **({"model_max_length": length} if _alibi(config) else {"max_position_embeddings": length, "model_max_length": length}),
         **({"z_loss_weight": 0} if config.normalized_head else {}),
         "position_embedding_type": "alibi" if _alibi(config) else "rope",
@@ -83,7 +76,7 @@ def from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     rotary = hf.get("position_embedding_type", "rope" if "max_position_embeddings" in hf else "alibi") == "rope"
     second = "z_loss_weight" in hf or hf.get("vocab_size") == _VOCABULARY_2
     return {
-        **pick(hf, "baichuan", _NAMES),
+        **pick(hf, "baichuan", LLAMA_NAMES),
         "max_position_embeddings": need(hf, "baichuan", "max_position_embeddings" if rotary else "model_max_length"),
         "position_embedding_type": "rope" if rotary else "alibi",
         "normalized_head": bool(hf.get("normalized_head", second)),

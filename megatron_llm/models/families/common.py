@@ -8,7 +8,7 @@ from megatron_llm.models.mapping import HfTensor, Rule
 from megatron_llm.utils.errors import UserError
 
 LAYER = "model.layers.{i}"
-_SHARED_NAMES = {
+LLAMA_NAMES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -86,7 +86,7 @@ def llama_hf_config(config: ModelConfig, model_type: str, architecture: str) -> 
 def llama_fields(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Fields of ModelConfig from a LLaMA-like `config.json`, rotary settings apart."""
     expect(hf, family, hidden_act=("silu",))
-    found = pick(hf, family, _SHARED_NAMES)
+    found = pick(hf, family, LLAMA_NAMES)
     heads = found["num_attention_heads"]
     return found | {
         "num_query_groups": hf.get("num_key_value_heads") or heads,

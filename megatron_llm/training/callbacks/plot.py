@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llm.training.callbacks.base import Callback, EvalMetrics, RunInfo, StepMetrics, TrainSummary
-from megatron_llm.training.callbacks.figure import draw
 from megatron_llm.training.callbacks.jsonl import read_log
-from megatron_llm.training.callbacks.series import Series
+from megatron_llm.utils.figure import draw
+from megatron_llm.utils.series import Series
 
 FILE_NAME = "training.png"
 REDRAW_SECONDS = 30.0

@@ -14,7 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_llm.checkpoint import pieces, tensor_file
-from megatron_llm.checkpoint.pieces import ALIGNMENT, PieceMemory, PieceReader, PieceWriter, bytes_of, host_memory, padded, read_digests
+from megatron_llm.checkpoint.pieces import (
+    ALIGNMENT,
+    PieceMemory,
+    PieceReader,
+    PieceWriter,
+    bytes_of,
+    copy_values,
+    host_memory,
+    padded,
+    read_digests,
+)
 from megatron_llm.checkpoint.tensor_file import FileSeal, TensorFileWriter, TensorSpec, seal_bytes, seal_file, write_image
 
 SMALL = 2 * ALIGNMENT
@@ -87,9 +97,10 @@ def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_memory_is_not_reused_before_its_piece_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of uneven sizes through two pieces of memory, while the disk is slow at random."""
-    real = PieceWriter._write_piece
+@pytest.mark.parametrize("work", ["_write_piece", "_hash_piece"])
+def test_memory_is_not_reused_before_its_piece_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    """Tensors of uneven sizes through two pieces of memory, while the disk or the hashing is slow at times."""
+    real = getattr(PieceWriter, work)
 
     def slow(writer: PieceWriter, number: int, data: memoryview) -> None:
         os.sched_yield()
@@ -97,12 +108,11 @@ def test_memory_is_not_reused_before_its_piece_is_written(tmp_path: Path, monkey
             torch.ones(200, 200).mm(torch.ones(200, 200))
         real(writer, number, data)
 
-    monkeypatch.setattr(tensor_file, "_BUFFERS", 2)
-    monkeypatch.setattr(PieceWriter, "_write_piece", slow)
+    monkeypatch.setattr(PieceWriter, work, slow)
     tensors = {f"t{n}": torch.randn(n * 331 + 1) for n in range(12)}
     tensors["strided"] = torch.randn(90, 70).t()[::2]
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with TensorFileWriter(tmp_path / "a", specs) as writer:
+    with TensorFileWriter(tmp_path / "a", specs, buffers=2) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         seal = writer.close()
@@ -156,6 +166,25 @@ def test_large_pieces_are_hashed_side_by_side(tmp_path: Path) -> None:
     seal = write_image(tmp_path / "a", memory, size)
     assert len(seal.digests) == 3 and (size, seal.digests) == read_digests(tmp_path / "a")
     assert seal.digests[2] == hashlib.sha256(bytes_of(memory[2 * pieces.PIECE : size])).hexdigest()
+
+
+@pytest.mark.parametrize("target_type", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("shape", [(1,), (7,), (5, 3), (5, 1), (2, 3, 4), (0, 3)])
+def test_values_are_copied_as_torch_does(shape: tuple[int, ...], dtype: torch.dtype, target_type: torch.dtype) -> None:
+    """Whole tensors, rows out of wider ones, every other element, transposed; with and without a conversion."""
+    whole = torch.randint(-3, 4, (2 * shape[0], *shape[1:-1], 2 * shape[-1]), generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = [whole[: shape[0], ..., : shape[-1]], whole[::2, ..., ::2], whole[::2, ..., : shape[-1]].contiguous()]
+    for source in [*parts, *(part.transpose(0, -1) for part in parts)]:
+        spare = torch.zeros(source.shape[0], *source.shape[1:-1], source.shape[-1] + 2).to(target_type)
+        for target in (
+            torch.zeros(source.shape).to(target_type),
+            spare[..., 1:-1],
+            torch.zeros(source.shape[::-1]).to(target_type).permute(*reversed(range(source.dim()))),
+        ):
+            copy_values(target, source)
+            assert torch.equal(target, torch.empty_like(target).copy_(source))
+    assert not spare[..., 0].any() and not spare[..., -1].any()
 
 
 def test_memory_begins_at_a_page() -> None:

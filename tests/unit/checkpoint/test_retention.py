@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llm.checkpoint.manifest import Manifest, step_name, write_manifest
+from megatron_llm.checkpoint.durable import remove_folder
+from megatron_llm.checkpoint.manifest import Manifest, parse_step, step_name, write_manifest
 from megatron_llm.checkpoint.retention import Retention, apply_retention, complete_checkpoints
 
 
@@ -47,12 +48,16 @@ def test_removal_leaves_no_trace_and_keeps_what_is_damaged(tmp_path: Path) -> No
         folder.mkdir()
         write_manifest(folder, manifest)
     (tmp_path / step_name(2) / "manifest.json").write_text("{}")  # damaged: neither counted nor removed
-    for left_behind in ("step_0000009.tmp", "step_0000008.deleted", "step_0000003.replaced", "step_0000007.replaced"):
+    for left_behind in ("9.tmp", "8.deleted", "6.tmp.deleted", "3.replaced", "7.replaced"):
+        left_behind = f"step_000000{left_behind}"
         (tmp_path / left_behind).mkdir()
     (tmp_path / "notes").mkdir()
     known = complete_checkpoints(tmp_path)
-    removed = apply_retention(tmp_path, Retention(last=2, best=False), known)
+    removed, doomed = apply_retention(tmp_path, Retention(last=2, best=False), known)
     assert [path.name for path in removed] == ["step_0000001"]
+    assert all(parse_step(path.name)[1] == ".deleted" for path in doomed)  # type: ignore[index]
+    for path in doomed:
+        remove_folder(path)
     # step_0000007.replaced is the only copy of step 7: a save was killed between its two renames
     expected = ["notes", "step_0000002", "step_0000003", "step_0000004", "step_0000007.replaced"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected

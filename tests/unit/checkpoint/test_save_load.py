@@ -69,6 +69,7 @@ def test_a_background_save_keeps_the_values_of_its_moment(tmp_path: Path, monkey
     checkpointer = Checkpointer(tmp_path, GROUPS, async_save=True)
     path = checkpointer.save(1, [whole("w", weight.t())], {})
     assert not path.exists()
+    checkpointer.settle()
     weight.fill_(2.0)
     go.set()
     checkpointer.wait()
@@ -117,6 +118,7 @@ def test_retention_runs_after_each_save(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, GROUPS, keep_last=2, keep_every=3, keep_best=True, report=lines.append)
     for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0, 6.0, 6.0], start=1):
         checkpointer.save(step, [whole("w", torch.zeros(2))], {}, validation_loss=loss)
+    checkpointer.wait()
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{step:07d}" for step in (2, 3, 6, 7)]
     assert lines == [f"removed checkpoint step_{step:07d}: not among those to keep" for step in (1, 4, 5)]
 
@@ -207,6 +209,43 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_former_checkpoint(
     checkpointer.save(3, entries_of(values), {"n": 3})  # room again: the run can go on saving
     checkpointer.wait()
     assert (tmp_path / "latest").read_text() == "step_0000003\n"
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("function", ["apply_retention", "remove_folder"])
+def test_a_removal_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, async_save: bool) -> None:
+    checkpointer = Checkpointer(tmp_path, GROUPS, keep_last=1, async_save=async_save)
+    checkpointer.save(1, [whole("w", torch.zeros(2))], {})
+    checkpointer.wait()
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    def save_and_wait() -> None:
+        checkpointer.save(2, [whole("w", torch.ones(2))], {"n": 2})
+        checkpointer.wait()
+
+    monkeypatch.setattr(checkpointer_module, function, refuse)
+    with pytest.raises(UserError, match=r"step 2 is saved, but an older checkpoint cannot be removed: .*Permission denied"):
+        save_and_wait()
+    monkeypatch.undo()
+    assert load_state(tmp_path / "step_0000002") == {"n": 2}
+    checkpointer.save(4, [whole("w", torch.zeros(2))], {})
+    checkpointer.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000004"]
+
+
+def test_a_foreground_save_does_not_wait_for_the_removal_of_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(tmp_path, GROUPS, keep_last=1)
+    checkpointer.save(1, [whole("w", torch.zeros(2))], {})
+    go = threading.Event()
+    real = checkpointer_module.remove_folder
+    monkeypatch.setattr(checkpointer_module, "remove_folder", lambda folder: (go.wait(10), real(folder)))
+    checkpointer.save(2, [whole("w", torch.zeros(2))], {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000001.deleted", "step_0000002"]
+    go.set()
+    checkpointer.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000002"]
 
 
 @pytest.mark.parametrize("function", ["write_manifest", "_install"])

@@ -62,6 +62,33 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize("buffers", [1, 2, 5])
+def test_blocks_of_rows_are_the_same_file_in_less_memory(tmp_path: Path, buffers: int) -> None:
+    tensors = {
+        "large": torch.randn(1021, 1031),
+        "odd": torch.randn(7, 3, 5).bfloat16(),
+        "line": torch.arange(11),
+        "none": torch.empty(0, 4),
+    }
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with TensorFileWriter(tmp_path / "whole", specs) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        whole = writer.close()
+    with TensorFileWriter(tmp_path / "rows", specs, buffers=buffers) as writer:
+        for name, tensor in tensors.items():
+            writer.write_rows(name, iter(tensor.t().contiguous().t().split(3) if tensor.dim() == 2 else tensor.split(3)))
+        assert writer.close() == whole
+    assert (tmp_path / "rows").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("blocks", [[(2, 3)], [(2, 3), (2, 3)], [(3, 2)], []], ids=str)
+def test_rows_that_are_not_the_announced_tensor_are_refused(tmp_path: Path, blocks: list[tuple[int, int]]) -> None:
+    spec = TensorSpec("x", torch.float32, (3, 3))
+    with TensorFileWriter(tmp_path / "a", [spec]) as writer, pytest.raises(ValueError, match="expected"):
+        writer.write_rows("x", (torch.zeros(shape) for shape in blocks))
+
+
 def test_dtype_names() -> None:
     assert [dtype_from_name(dtype_name(dtype)) for dtype in DTYPES] == DTYPES
     with pytest.raises(ValueError, match="complex64"):

@@ -1,5 +1,7 @@
 """Flags are the schema, nothing is accepted that has no meaning, and the order of precedence is flag, file, default."""
 
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llm.config.fields import FieldSpec, all_fields, updated
-from megatron_llm.config.flags import EXAMPLE, as_arguments, make_parser, parse_run_config, read_arguments
+from megatron_llm.config.flags import as_arguments, make_parser, parse_run_config, read_arguments
 from megatron_llm.config.megatron_names import MEGATRON_HINTS
 from megatron_llm.config.resolve import resolve
 from megatron_llm.config.schema import RunConfig
@@ -151,12 +153,27 @@ def test_help_starts_with_the_example_and_names_every_flag(capsys: pytest.Captur
     assert text.startswith("example:\n")
     for spec in FIELDS:
         for flag in spellings(spec):
-            assert flag in text
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
     assert all(spec.help for spec in FIELDS)
 
 
-def test_the_example_in_the_help_is_a_valid_run() -> None:
-    resolve(parse_run_config(EXAMPLE.split()[1:]), world_size=1)
+def test_the_example_in_the_help_is_a_valid_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is printed: every word is understood and survives the rules, and the rules do look at its numbers."""
+    with pytest.raises(SystemExit):
+        parse_run_config(["--help"])
+    line = capsys.readouterr().out.splitlines()[1]
+    words = shlex.split(line[line.index("--") :])
+    config = resolve(parse_run_config(words), world_size=1)
+    named = {spec.flag: spec for spec in FIELDS if spec.flag in words}
+    assert list(filter(lambda word: word.startswith("--"), words)) == sorted(named, key=words.index) != []
+    for flag, spec in named.items():
+        expected = True if spec.kind is bool else spec.read(words[words.index(flag) + 1], flag)
+        assert getattr(getattr(config, spec.section), spec.name) == expected
+    numbers = [place for place, word in enumerate(words) if word.isdigit()]
+    assert len(numbers) >= 4
+    for place in numbers:
+        with pytest.raises(UserError, match=words[place - 1].removeprefix("--").replace("-", "_")):
+            resolve(parse_run_config([*words[:place], "0", *words[place + 1 :]]), world_size=1)
 
 
 FIELD_VALUES = {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llm.checkpoint.load import CheckpointReader
+from megatron_llm.checkpoint.streamed import meta_parameters, stream_weights
 from megatron_llm.checkpoint.whole_model import load_whole_model
 from megatron_llm.convert.checked import RoundedWeights
 from megatron_llm.convert.evaluate import our_logits, transformers_logits
 from megatron_llm.convert.native_source import NativeSource
 from megatron_llm.convert.raw_tensors import TensorFolder, read_json
-from megatron_llm.convert.streamed import meta_parameters, stream_weights
 from megatron_llm.convert.verify import fixed_ids
 from megatron_llm.testing.ranks import run_ranks
 from tests.checkpoints import save_random_model, small_model
@@ -59,6 +59,25 @@ def test_a_streamed_module_computes_the_same(small: int, large: int) -> None:
         assert all(parameter.is_meta for name, parameter in streamed.named_parameters() if parameter.dim() == 2)
     if (small, large) == (60, 24):
         assert max(rows for name, rows in asked if name == "output.weight") == 3
+
+
+def test_real_parameters_and_skipped_modules_are_left_alone_and_small_ones_read_again() -> None:
+    with meta_parameters():
+        streamed = Toy()
+    streamed.output = nn.Linear(8, 50)
+    kept = streamed.output.weight
+    factor = 1.0
+
+    def fill(name: str, first: int, last: int, target: Tensor) -> None:
+        assert name.startswith(("embedding", "middle.1"))
+        target.fill_(factor)
+
+    refresh = stream_weights(streamed, fill, {streamed.middle[0], streamed.middle[2]}, small=20)
+    assert streamed.output.weight is kept and streamed.middle[0].weight.is_meta and streamed.middle[2].weight.is_meta
+    assert streamed.middle[1].weight.eq(1).all() and streamed.embedding.weight.is_meta
+    factor = 2.0
+    refresh()
+    assert streamed.middle[1].weight.eq(2).all() and streamed.embedding(torch.tensor([3])).eq(2).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

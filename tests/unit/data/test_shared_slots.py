@@ -1,6 +1,5 @@
 """Arrays of results through shared memory: equal, aligned, read-only, and beside it what does not fit."""
 
-import multiprocessing
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +24,7 @@ def _make_arrays() -> Callable[[int], dict[str, np.ndarray]]:
 
 
 def test_what_comes_out_is_what_went_in() -> None:
-    slots = SharedSlots(multiprocessing.get_context("forkserver"), 2, 4096)
+    slots = SharedSlots(2, 4096)
     packed = [slots.pack(_arrays(number), slot) for slot, number in enumerate((11, 13))]
     for slot, number in enumerate((11, 13)):
         message = packed[slot]
@@ -34,10 +33,11 @@ def test_what_comes_out_is_what_went_in() -> None:
         for name, array in _arrays(number).items():
             assert result[name].dtype == array.dtype and result[name].tolist() == array.tolist()
         assert not result["ids"].flags.writeable
+    slots.close()
 
 
 def test_too_large_results_and_missing_slots_stay_as_they_are() -> None:
-    slots = SharedSlots(multiprocessing.get_context("forkserver"), 1, 256)
+    slots = SharedSlots(1, 256)
     small, large = _arrays(1), _arrays(100)
     assert isinstance(slots.pack(small, 0), Packed)
     assert slots.pack(large, 0) is large and slots.pack(small, None) is small

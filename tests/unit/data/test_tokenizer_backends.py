@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_llm.data import tokenizer_backends
+from megatron_llm.data import sources, tokenizer_backends
+from megatron_llm.data.encoder import EncodedBlock
+from megatron_llm.data.encoding import GigatokenEncoding
 from megatron_llm.data.indexed import IndexedDataset
 from megatron_llm.data.preprocess import PreprocessSettings, preprocess
+from megatron_llm.data.preprocess_output import WorkFolder
 from megatron_llm.data.sources import BLOCK_BYTES
 from megatron_llm.data.tokenizer_backends import HARD_TEXTS, GigatokenEncoder, LibraryEncoder, hard_block
 from megatron_llm.data.tokenizers import Tokenizer, build_tokenizer
@@ -94,7 +97,7 @@ def test_other_ids_in_the_sample_are_seen(
     settings: PreprocessSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, where: str
 ) -> None:
     """Also where they are at the end of the input: the sample is taken from all over it."""
-    monkeypatch.setattr("megatron_llm.data.preprocess.SAMPLE_PLACES", 12)
+    monkeypatch.setattr("megatron_llm.data.encoding.SAMPLE_PLACES", 12)
     expected = _ids(replace(settings, tokenizer_backend="library"))
     _install(monkeypatch, FakeGigatoken(build_tokenizer(*settings.tokenizer), wrong))
     capsys.readouterr()
@@ -104,6 +107,92 @@ def test_other_ids_in_the_sample_are_seen(
     )
     with pytest.raises(UserError, match="--tokenizer-backend gigatoken: gigatoken comes to other ids in"):
         preprocess(replace(settings, tokenizer_backend="gigatoken"))
+
+
+class Later:
+    """Stands for the process in which the library does its part; it takes as long as so many blocks."""
+
+    def __init__(self, encoding: GigatokenEncoding, blocks: int) -> None:
+        self.encoding, self.left, self.asked = encoding, blocks, False
+
+    def ready(self) -> bool:
+        """As Background's."""
+        self.left -= 1
+        return self.left < 0
+
+    def result(self) -> list[EncodedBlock]:
+        """As Background's."""
+        self.asked = True
+        return self.encoding._expect()
+
+    def close(self) -> None:
+        """As Background's."""
+
+
+def _library_is_late(monkeypatch: pytest.MonkeyPatch, blocks: int) -> list[Later]:
+    """Let the library answer after so many blocks; what stands for its process is in the list once the run has begun."""
+    made: list[Later] = []
+
+    def late(*arguments: Any) -> GigatokenEncoding:
+        encoding = GigatokenEncoding(*arguments)
+        encoding._expected = later = Later(encoding, blocks)  # type: ignore[assignment]
+        made.append(later)
+        return encoding
+
+    monkeypatch.setattr("megatron_llm.data.preprocess.GigatokenEncoding", late)
+    return made
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 10**9])
+def test_nothing_is_final_before_the_library_has_answered(
+    settings: PreprocessSettings, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """Also where the library takes longer than all blocks, and with a point to go on from after each block."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 20_000)
+    expected = _ids(replace(settings, tokenizer_backend="library"))
+    _install(monkeypatch, FakeGigatoken(build_tokenizer(*settings.tokenizer)))
+    made = _library_is_late(monkeypatch, blocks)
+    finals: list[bool] = []
+    for name in ("commit", "finish"):
+        original = getattr(WorkFolder, name)
+
+        def final(work: WorkFolder, *arguments: Any, original: Any = original) -> None:
+            finals.append(made[0].asked)
+            original(work, *arguments)
+
+        monkeypatch.setattr(WorkFolder, name, final)
+    assert _ids(replace(settings, resume_seconds=0.0)) == expected
+    assert len(finals) > 10 and all(finals)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 10**9])
+def test_what_was_made_with_other_ids_is_thrown_away(
+    settings: PreprocessSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, blocks: int
+) -> None:
+    """Whether the difference is known after some blocks or after the last one; also when a bad line ends the run before."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 20_000)
+    expected = _ids(replace(settings, tokenizer_backend="library"))
+    written = {path.name: path.read_bytes() for path in tmp_path.glob("out_*")}
+    _install(monkeypatch, FakeGigatoken(build_tokenizer(*settings.tokenizer), HARD_TEXTS[0][:9]))
+    _library_is_late(monkeypatch, blocks)
+    with pytest.raises(UserError, match="gigatoken comes to other ids in texts that are hard to cut"):
+        preprocess(replace(settings, tokenizer_backend="gigatoken"))
+    assert not list(tmp_path.glob("*.partial"))
+    assert _ids(settings) == expected and {path.name: path.read_bytes() for path in tmp_path.glob("out_*")} == written
+    bad = tmp_path / "a.jsonl"
+    bad.write_text(bad.read_text() + "not json\n")
+    with pytest.raises(UserError, match="not JSON"):
+        preprocess(settings)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    entries = journal.read_text().splitlines()[1:] if journal.exists() else []
+    assert not entries if blocks > 100 else all(json.loads(entry)["counts"]["documents"] for entry in entries)
+
+
+def test_the_real_one_in_worker_processes(settings: PreprocessSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is in the extra 'data'")
+    expected = _ids(replace(settings, tokenizer_backend="library"))
+    assert _ids(replace(settings, workers=2)) == expected
+    assert "ids from gigatoken: equal to those of tokenizers in a sample of the input" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_gigatoken_cannot_read_is_no_error(

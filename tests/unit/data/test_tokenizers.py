@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_llm.data.tokenizer_export import byte_level_bpe, byte_level_json
+from megatron_llm.data.tokenizer_json import listed_ids
 from megatron_llm.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -183,6 +185,72 @@ def test_fingerprint_covers_what_decides_ids_and_nothing_else(tmp_path: Path) ->
     values["added_tokens"][0]["content"] = "<end>"
     path.write_text(json.dumps(values))
     assert HuggingFaceTokenizer(tmp_path).fingerprint != original
+
+
+def _with_tokens(content: dict[str, Any], vocab: dict[str, int], added: list[tuple[str, int]]) -> str:
+    """A tokenizer.json with other tokens."""
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = [{"id": number, "content": name, **token} for name, number in added]
+    return json.dumps(content | {"model": content["model"] | {"vocab": vocab}, "added_tokens": tokens})
+
+
+ADDED = {
+    "in the vocabulary": [("b", 1)],
+    "behind it": [("<x>", 3), ("<y>", 4)],
+    "one of each": [("c", 2), ("<x>", 3)],
+    "twice": [("<x>", 3), ("<x>", 3), ("<y>", 4)],
+    "numbered by the file alone": [("<x>", 9)],
+    "another number than the vocabulary's": [("b", 2)],
+    "in another order": [("<x>", 4), ("<y>", 3)],
+}
+
+
+@pytest.mark.parametrize("vocab", [{"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "c": 7}], ids=["without holes", "with holes"])
+@pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)
+def test_the_ids_that_a_file_lists_are_the_librarys(tmp_path: Path, vocab: dict[str, int], added: list[tuple[str, int]]) -> None:
+    """Where they are not, or it cannot be told, the library is asked; either way a tokenizer has the library's ids."""
+    from tokenizers import Tokenizer as Fast
+
+    ByteTokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    text = _with_tokens(json.loads(path.read_text()), vocab, added)
+    path.write_text(text)
+    theirs = Fast.from_str(text).get_vocab(with_added_tokens=True)
+    assert listed_ids(json.loads(text)) in (theirs, None)
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    assert tokenizer.vocab_size == max(theirs.values()) + 1 and tokenizer.encode("abc") == [vocab["a"], vocab["b"], vocab["c"]]
+
+
+def test_plain_files_are_not_built_to_be_asked_for_their_ids(tmp_path: Path) -> None:
+    train_tokenizer([str(_corpus(tmp_path))], tmp_path / "tok", 300)
+    text = (tmp_path / "tok" / "tokenizer.json").read_text()
+    ids = listed_ids(json.loads(text))
+    assert ids is not None and len(ids) == 300
+    tokenizer = HuggingFaceTokenizer(tmp_path / "tok")
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.as_json()) == (300, 299, text) and "_tokenizer" not in vars(tokenizer)
+    for other in (
+        "{}",
+        "[]",
+        "not JSON",
+        '{"model": {"vocab": [["a", 0.0]]}}',
+        '{"model": {"vocab": {}}}',
+        '{"model": {"vocab": {"a": "0"}}}',
+    ):
+        assert listed_ids(other) is None
+
+
+def test_a_file_that_lists_other_ids_than_the_library_reads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ByteTokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("megatron_llm.data.tokenizers.listed_ids", lambda content: {"<|endoftext|>": 299})
+    with pytest.raises(UserError, match="lists other ids than the tokenizers library reads from it"):
+        HuggingFaceTokenizer(tmp_path).encode("a")
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>"])
+def test_the_json_of_a_byte_level_bpe_is_the_librarys(end: str) -> None:
+    vocab = {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3, "caf\u00e9": 4}
+    built = byte_level_bpe(vocab, [("a", "b")], end)
+    assert json.loads(byte_level_json(vocab, [["a", "b"]], end)) == json.loads(built.to_str())
 
 
 def test_half_a_surrogate_pair_is_refused_by_all(sentencepiece_models: dict[str, Path]) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llm.data.worker_pool import WorkerFailure, WorkerPool
+from megatron_llm.data import worker_pool
+from megatron_llm.data.worker_failures import WorkerFailure
+from megatron_llm.data.worker_pool import CannotStartError, WorkerPool
 from megatron_llm.utils.errors import UserError
 
 
@@ -86,9 +88,40 @@ def test_failures_come_out_at_once(how: str, kind: type[Exception], message: str
         list(pool.map(range(100)))
 
 
-def test_workers_that_cannot_start_say_why() -> None:
-    with pytest.raises(UserError, match="^the worker cannot start$"), WorkerPool[int, int](_make_nothing, 2) as pool:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_that_cannot_start_say_why(workers: int) -> None:
+    with pytest.raises(CannotStartError, match="^the worker cannot start$"), WorkerPool[int, int](_make_nothing, workers) as pool:
         list(pool.map(range(100)))
+
+
+def _make_once(path: Path) -> Callable[[int], int]:
+    with path.open("a") as stream:
+        stream.write(f"{os.getpid()}\n")
+    return _process
+
+
+def _process(_: int) -> int:
+    time.sleep(0.005)
+    return os.getpid()
+
+
+def test_what_workers_need_is_made_once_for_each_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five workers, two forked from one process at most: three processes make it, and none of them is a worker."""
+    monkeypatch.setattr(worker_pool, "FAMILY", 2)
+    with WorkerPool[int, int](partial(_make_once, tmp_path / "made"), 5) as pool:
+        workers = set(pool.map(range(60)))
+    made = [int(line) for line in (tmp_path / "made").read_text().splitlines()]
+    assert len(workers) == 5 and len(made) == 3 and not workers & set(made)
+    assert not any(_alive(process) for process in (*workers, *made))
+
+
+def _make_broken() -> Callable[[int], int]:
+    raise KeyError("a defect")
+
+
+def test_a_defect_in_what_they_need_keeps_its_stack() -> None:
+    with pytest.raises(WorkerFailure, match="KeyError: 'a defect'"), WorkerPool[int, int](_make_broken, 2) as pool:
+        list(pool.map(range(3)))
 
 
 SCRIPT = """
@@ -98,7 +131,7 @@ from tests.unit.data.test_worker_pool import _make_square
 if __name__ == "__main__":
     with WorkerPool(_make_square, 2) as pool:
         results = pool.map(iter(int, 1))
-        print(len({next(results)[1] for _ in range(20)}), *[worker.process.pid for worker in pool._workers], flush=True)
+        print(*{next(results)[1] for _ in range(20)}, flush=True)
         sys.stdin.read()
 """
 
@@ -110,8 +143,8 @@ def test_workers_leave_when_the_main_process_is_killed(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(root)}
     with subprocess.Popen([sys.executable, script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as main:
         assert main.stdout is not None
-        used, *workers = map(int, main.stdout.readline().split())
-        assert used == 2
+        workers = list(map(int, main.stdout.readline().split()))
+        assert len(workers) == 2
         main.kill()
     deadline = time.monotonic() + 20
     while any(_alive(process) for process in workers):

@@ -10,7 +10,7 @@ import zstandard
 
 from megatron_llm.finetune.data.files import find_files, read_raw
 from megatron_llm.finetune.data.formats import format_names
-from megatron_llm.finetune.data.load import load_conversations
+from megatron_llm.finetune.data.load import RECORD_SUFFIXES, load_conversations
 from megatron_llm.finetune.data.records import Message
 from megatron_llm.utils.errors import UserError
 
@@ -168,9 +168,11 @@ def test_compressed_files_folders_and_patterns(tmp_path: Path) -> None:
     (tmp_path / "sub" / "a.jsonl.zst").write_bytes(zstandard.compress(text))
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b"prompt,answer\nx,y\n"))
     (tmp_path / "notes.md").write_text("not data")
-    names = [Path(path).name for path in find_files([str(tmp_path)])]
-    assert names == ["b.jsonl.gz", "c.csv.gz", "a.jsonl.zst"]
-    assert [Path(path).name for path in find_files([str(tmp_path / "c*"), str(tmp_path)])] == ["c.csv.gz", "b.jsonl.gz", "a.jsonl.zst"]
+    for patterns, expected in (
+        ([tmp_path], ["b.jsonl.gz", "c.csv.gz", "a.jsonl.zst"]),
+        ([tmp_path / "c*", tmp_path], ["c.csv.gz", "b.jsonl.gz", "a.jsonl.zst"]),
+    ):
+        assert [Path(path).name for path in find_files(list(map(str, patterns)), RECORD_SUFFIXES)] == expected
     assert len(load_conversations([str(tmp_path)]).conversations) == 3
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text)[:-9])
     with pytest.raises(UserError, match=r"b\.jsonl\.gz.*truncated"):
@@ -218,7 +220,7 @@ def test_wrong_names_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("x")
     with pytest.raises(UserError, match="of no known kind"):
         load_conversations([str(tmp_path / "a.parquet")])
-    with pytest.raises(UserError, match="gives no data file"):
+    with pytest.raises(UserError, match="the data file .* gives no file whose name ends in .jsonl, .json, .csv"):
         load_conversations([str(tmp_path)])
     with pytest.raises(UserError, match="no data was given"):
         load_conversations([])

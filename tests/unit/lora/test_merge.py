@@ -108,7 +108,7 @@ def test_every_kind_of_adapter(tmp_path: Path, family: str, name: str, settings:
     base = make_base(tmp_path / "base", family, tied=True if tied else None)
     adapter = make_adapter(tmp_path / "adapter", base, **given)
     report = merge(base, [(adapter, 1.0)], tmp_path / "out", MergeOptions(), quietly)
-    assert report["verified"]
+    assert report["verified"] and report["comparison"]["way"] == "layer by layer"
     check(base, [adapter], tmp_path / "out", given.get("rows"))
 
 
@@ -137,6 +137,13 @@ def test_blocks_of_rows_fit_together(tmp_path: Path, family: str, settings: dict
 def test_biases(tmp_path: Path, settings: dict[str, Any]) -> None:
     base = make_base(tmp_path / "base", "gpt2")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["c_attn"], **settings)
+    merge(base, [(adapter, 1.0)], tmp_path / "out", MergeOptions(), quietly)
+    check(base, [adapter], tmp_path / "out")
+
+
+def test_modules_that_are_stored_transposed_are_saved_whole(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "gpt2")
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["c_attn"], modules_to_save=["c_fc", "attn.c_proj"])
     merge(base, [(adapter, 1.0)], tmp_path / "out", MergeOptions(), quietly)
     check(base, [adapter], tmp_path / "out")
 

@@ -13,8 +13,8 @@ TARGET = {"llama": "q_proj", "gpt2": "c_attn", "bloom": "query_key_value"}
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bloom": "word_embeddings"}
 
 
-def make_model(family: str, *, tied: bool | None = None, seed: int = 0, width: int = 16) -> Any:
-    """A random model of two layers; llama is untied unless said otherwise, the others are tied."""
+def make_model(family: str, *, tied: bool | None = None, seed: int = 0, width: int = 16, groups: int | None = None) -> Any:
+    """A random model of two layers; llama is untied unless said otherwise, and may have `groups` of heads; the others are tied."""
     import transformers as hf
 
     torch.manual_seed(seed)
@@ -22,6 +22,7 @@ def make_model(family: str, *, tied: bool | None = None, seed: int = 0, width: i
     tie = tied if tied is not None else family != "llama"
     if family == "llama":
         shape = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+        shape |= {} if groups is None else {"num_key_value_heads": groups}
         return hf.LlamaForCausalLM(hf.LlamaConfig(hidden_size=width, tie_word_embeddings=tie, **shape, **common))
     if family == "gpt2":
         return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=tie, **common))

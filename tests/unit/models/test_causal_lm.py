@@ -221,3 +221,23 @@ def test_generation_is_greedy_stops_and_repeats_by_seed() -> None:
         list(generate(model, [], Sampling()))
     with pytest.raises(UserError, match="top-p"):
         Sampling(top_p=0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_positions_are_real_where_they_are_asked_for_though_the_parameters_are_not(family: str) -> None:
+    config, groups = model_config(family), single_process_groups()
+    meta = dataclasses.replace(groups, device=torch.device("meta"))
+    options, layers = ModelOptions(seed=3), range(config.num_layers)
+    blank = ModelChunk(get_family(family), config, meta, torch_kernels(), options, layers)
+    chunk = ModelChunk(get_family(family), config, meta, torch_kernels(), options, layers, positions_device=groups.device)
+    assert all(parameter.is_meta for parameter in chunk.parameters())
+    whole, ids = build(config), torch.arange(9).expand(2, 9)
+    if family == "bloom":
+        assert blank.slopes is not None and blank.slopes.is_meta
+        assert chunk.slopes is not None and whole.slopes is not None and torch.equal(chunk.slopes, whole.slopes)
+    else:
+        assert blank.rotary is not None and blank.rotary.frequencies.is_meta
+        assert chunk.rotary is not None and whole.rotary is not None
+        assert all(torch.equal(*pair) for pair in zip(chunk.rotary.tables(ids), whole.rotary.tables(ids), strict=True))
+    chunk.load_state_dict(whole.state_dict(), assign=True)
+    assert torch.equal(chunk.logits(ids), whole.logits(ids))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_llm.convert.model_folders import hf_folders
 from megatron_llm.parallel.groups import single_process_groups
 from megatron_llm.serve.check import check
 from megatron_llm.serve.client import Client, Ending
-from megatron_llm.serve.folders import FoundFolders
 from megatron_llm.serve.language_model import load_language_model
 from megatron_llm.serve.options import Endpoint, Limits, ModelOptions, ServeOptions
 from megatron_llm.serve.terminal import Conversation, talk
@@ -103,7 +103,7 @@ def test_the_chat_tool_over_a_folder_and_over_a_pipe(taught: Path) -> None:
 def found(model: Path, **settings: Any) -> Any:
     """The model that a server would serve."""
     chosen = ModelOptions(model, **settings)
-    with FoundFolders(chosen, lambda line: None) as folders:
+    with hf_folders(chosen.model, chosen.adapters, lambda line: None) as folders:
         return load_language_model(chosen, folders, lambda line: None)
 
 

@@ -46,8 +46,7 @@ class Answers:
         while left:
             piece = self.queue.get(timeout=60)
             assert isinstance(piece, Piece), piece.refusal.message
-            if piece.choice is not None:
-                found[piece.index].append(piece.choice.token)
+            found[piece.number] += [choice.token for choice in piece.choices]
             left -= piece.finish is not None
         return found
 
@@ -66,7 +65,7 @@ def load(folder: Path, which: Case) -> tuple[Any, LanguageModel]:
     write_folder(folder, which.config())
     tokenizer = write_tokenizer(folder / "tokenizer")
     loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(folder).eval()
+    model = loader.from_pretrained(folder).eval().requires_grad_(False)
     served = LanguageModel("m", model, tokenizer)
     served.context = None
     return model, served
@@ -109,13 +108,34 @@ def test_logprobs_and_several_answers(tmp_path: Path, engine_of: Any) -> None:
     engine_of(served).submit(PROMPTS[:2], 2, options, answers.queue.put)
     pieces: list[Piece] = [answers.queue.get(timeout=60) for _ in range(20)]  # type: ignore[misc]
     for index in range(4):
-        prompt, mine = PROMPTS[index // 2], [piece.choice for piece in pieces if piece.index == index]
-        tokens = [choice.token for choice in mine if choice]
+        prompt, mine = PROMPTS[index // 2], [choice for piece in pieces if piece.number == index for choice in piece.choices]
+        tokens = [choice.token for choice in mine]
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         plain = torch.log_softmax(logits.float(), dim=-1)
-        assert [choice.logprob for choice in mine if choice] == pytest.approx([plain[i, t].item() for i, t in enumerate(tokens)], abs=1e-4)
-    texts = [tuple(piece.choice.token for piece in pieces if piece.index == index and piece.choice) for index in range(4)]
+        assert [choice.logprob for choice in mine] == pytest.approx([plain[i, t].item() for i, t in enumerate(tokens)], abs=1e-4)
+    texts = [tuple(choice.token for piece in pieces if piece.number == index for choice in piece.choices) for index in range(4)]
     assert len(set(texts)) == 4
+
+
+@pytest.mark.parametrize("which", FAMILIES, ids=lambda one: one.id)
+def test_prompts_that_are_read_together_and_told_at_the_end(tmp_path: Path, which: Case, engine_of: Any, monkeypatch: Any) -> None:
+    model, served = load(tmp_path, which)
+    shapes, sound = [], LanguageModel.forward
+
+    def forward(self: LanguageModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        logits: torch.Tensor = sound(self, ids, *rest)
+        return logits
+
+    monkeypatch.setattr(LanguageModel, "forward", forward)
+    answers = Answers()
+    options = SamplingOptions(7, temperature=0, ignore_eos=True)
+    engine_of(served).submit(PROMPTS[:1] + PROMPTS[3:], 2, options, answers.queue.put, whole=True)
+    tokens = answers.tokens(6)
+    assert answers.queue.empty() and shapes == [(3, 5)] + [(6, 1)] * 6
+    for number, prompt in enumerate(PROMPTS[:1] + PROMPTS[3:]):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert tokens[2 * number] == tokens[2 * number + 1] == alone[0, len(prompt) :].tolist()
 
 
 def test_a_long_prompt_is_read_in_chunks_and_equals_generate(tmp_path: Path, engine_of: Any) -> None:

@@ -1,5 +1,6 @@
 """The server through OpenAI's own client and through plain HTTP: answers, streams, limits, errors, an orderly end."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -263,6 +264,25 @@ def test_a_port_in_use_is_one_sentence() -> None:
             bind("127.0.0.1", port)
     with pytest.raises(UserError, match="--host no.such.host.invalid is no address"):
         bind("no.such.host.invalid", 1)
+
+
+def test_what_is_written_is_sent_at_once() -> None:
+    """A connection that asyncio accepts from our socket does not hold small packets back."""
+
+    async def option() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind("127.0.0.1", 0) as bound:
+            async with await asyncio.start_server(accepted, sock=bound):
+                _, writer = await asyncio.open_connection(*bound.getsockname())
+                writer.close()
+                return await asyncio.wait_for(found, 20)
+
+    assert asyncio.run(option()) != 0
 
 
 def test_sigterm_lets_a_stream_end_and_leaves_with_0(rambling: Path) -> None:

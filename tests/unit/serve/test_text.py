@@ -21,6 +21,16 @@ def test_pieces_make_up_the_text(tmp_path: Path, text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_answer_that_nobody_watches_is_the_same_text_at_its_end(tmp_path: Path, text: str) -> None:
+    tokenizer = byte_level(tmp_path)
+    for ids in (tokenizer.encode(text), tokenizer.encode(text)[:-1]):
+        streams = [TextStream(tokenizer.decode, tokenizer.encode("the hat"), whole=whole) for whole in (True, False)]
+        pieces = [[stream.push(token) for token in ids] for stream in streams]
+        assert pieces[0] == [""] * len(ids)
+        assert streams[0].finish() == "".join(pieces[1]) + streams[1].finish()
+
+
 def test_an_answer_that_ends_within_a_character_shows_that(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
     ids = tokenizer.encode("\u8a9e")
@@ -37,9 +47,9 @@ def test_a_sentencepiece_answer_keeps_its_first_space() -> None:
     assert [stream.push(2), stream.push(3), stream.push(1), stream.finish()] == [" cat", "s", " the", ""]
 
 
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_match_a_plain_search(text: str, stop: list[str]) -> None:
-    stream = TextStream(lambda ids: "".join(map(chr, ids)), [], stop)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.booleans())
+def test_stop_strings_match_a_plain_search(text: str, stop: list[str], whole: bool) -> None:
+    stream = TextStream(lambda ids: "".join(map(chr, ids)), [], stop, whole=whole)
     shown = ""
     for character in text:
         shown += stream.push(ord(character))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llm.serve.folders import Folders
+from megatron_llm.convert.model_folders import Folders
 from megatron_llm.serve.options import Limits, ModelOptions, ServeOptions
 from megatron_llm.serve.server import bind
 from megatron_llm.serve.vllm import choose_engine, vllm_command
@@ -79,7 +79,8 @@ def test_start_page_and_stop(taught: Path, tmp_path: Path) -> None:
     lines = []
     for line in child.stderr:
         lines.append(line)
-        if line.startswith("ready: "):  # said by the stand-in
+        ready = any(line.startswith("ready: ") for line in lines)  # said by the stand-in, before or after the page's line
+        if ready and any("chat page at" in line for line in lines):
             break
     page = next(line for line in lines if "chat page at" in line).split()[-1]
     assert page == f"http://127.0.0.1:{port + 1}/"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_llm.training.callbacks import plot
 from megatron_llm.training.callbacks.base import EvalMetrics, TrainSummary
-from megatron_llm.training.callbacks.figure import draw, perplexity_ticks
 from megatron_llm.training.callbacks.jsonl import JsonlCallback
 from megatron_llm.training.callbacks.plot import REDRAW_SECONDS, PlotCallback
-from megatron_llm.training.callbacks.series import Series
+from megatron_llm.utils.figure import draw, perplexity_ticks
+from megatron_llm.utils.series import Series
 from tests.unit.training.samples import INFO, info, metrics
 
 END = TrainSummary(step=10, finished=True, reason="", seconds=100.0, tokens=10_000)

@@ -3,12 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_llm.config.fields import updated
 from megatron_llm.config.resolve import resolve
 from megatron_llm.config.schema import RunConfig
+from megatron_llm.models.registry import get_family
 from megatron_llm.optim.lr_schedule import learning_rate
-from megatron_llm.training.preview import layout_line, lr_points
+from megatron_llm.parallel.groups import single_process_groups
+from megatron_llm.training.engine import NativeEngine
+from megatron_llm.training.preview import fp8_notes, layout_line, lr_points
 
 BASE = updated(RunConfig(), mock_data=True, vocab_size=97, lr=1.0, train_iters=100)
 
@@ -54,3 +58,17 @@ def test_layout_line(values: dict[str, Any], world: int, text: str) -> None:
     long = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size"}
     config = resolve(updated(BASE, **{long.get(name, name): value for name, value in values.items()}), world)
     assert layout_line(config, world, "cpu", "gloo" if world > 1 else "") == text
+
+
+def test_what_8_bit_products_are_and_what_is_padded_for_them() -> None:
+    def notes(kind: str = "cpu", **values: Any) -> list[str]:
+        config = resolve(updated(BASE, num_layers=1, hidden_size=32, **values), 1)
+        engine = NativeEngine(config, get_family("llama"), single_process_groups())
+        return fp8_notes(config, engine.chunks, torch.device(kind))
+
+    assert notes() == []
+    (line,) = notes("cuda", fp8="tensorwise", seq_length=16)
+    assert "e4m3 forward and e5m2" in line and "CPU" not in line
+    emulated, padded = notes(fp8="tensorwise", seq_length=17, micro_batch_size=3, ffn_hidden_size=88)
+    assert "a CPU emulates it" in emulated
+    assert padded.endswith("multiples of 16, which takes time: weights of 32 x 88, micro-batches of 51 tokens")

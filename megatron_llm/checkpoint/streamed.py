@@ -6,7 +6,7 @@ depends on one row, so the logits are the same); every other module gets its par
 forward pass. So a model of any size is run in the memory of one of its matrices.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,22 +38,29 @@ def meta_parameters() -> Iterator[None]:
         handle.remove()
 
 
-def stream_weights(model: nn.Module, fill: Fill, *, small: int = _SMALL, large: int = _LARGE) -> None:
-    """Prepare `model`, whose large parameters are on the meta device, to run with weights read by `fill`.
+def stream_weights(
+    model: nn.Module, fill: Fill, skip: Collection[nn.Module] = (), *, small: int = _SMALL, large: int = _LARGE
+) -> Callable[[], None]:
+    """Prepare `model` to run with its parameters that are on the meta device read by `fill`; real ones stay as they are.
 
     Parameters of at most `small` elements are read now; embeddings and output layers of more than `large` are read in
     part. A parameter that some module uses without being called stays on the meta device, and its use is an error.
+    Modules in `skip` are left to the caller. The returned function reads the small parameters again, for a `fill` that
+    gives others from then on.
     """
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
+    at_once: list[tuple[nn.Module, str, str, nn.Parameter]] = []
     for module in list(model.modules()):
+        if module in skip:
+            continue
         waiting: dict[str, tuple[str, nn.Parameter]] = {}
         for attribute, value in list(module._parameters.items()):
-            if value is None:
+            if value is None or not value.is_meta:
                 continue
             if value.numel() <= small:
-                module._parameters[attribute] = _read(fill, names[id(value)], value)
+                at_once.append((module, attribute, names[id(value)], value))
             else:
                 waiting[attribute] = (names[id(value)], value)
         if not waiting:
@@ -66,6 +73,13 @@ def stream_weights(model: nn.Module, fill: Fill, *, small: int = _SMALL, large: 
         else:
             module.register_forward_pre_hook(_load(fill, waiting))
             module.register_forward_hook(_release(waiting))
+
+    def read_small() -> None:
+        for module, attribute, name, meta in at_once:
+            module._parameters[attribute] = _read(fill, name, meta)
+
+    read_small()
+    return read_small
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -118,13 +132,13 @@ def _rows_of_ids(module: nn.Module, fill: Fill, name: str, meta: nn.Parameter) -
 
 def _blocks(module: nn.Module, fill: Fill, name: str, meta: nn.Parameter, large: int) -> Callable[[Tensor], Tensor]:
     whole, step = module.forward, max(1, large // meta.shape[1])
-    bias = module._parameters.get("bias")
 
     def forward(x: Tensor) -> Tensor:
-        columns = []
+        columns, bias = [], module._parameters.get("bias")
+        memory = torch.empty(min(step, meta.shape[0]), meta.shape[1], dtype=torch.float32)
         for first in range(0, meta.shape[0], step):
             last = min(first + step, meta.shape[0])
-            block = torch.empty(last - first, meta.shape[1], dtype=torch.float32)
+            block = memory[: last - first]
             fill(name, first, last, block)
             module._parameters["weight"] = nn.Parameter(block, requires_grad=False)
             if bias is not None:

@@ -1,4 +1,4 @@
-"""The picture of a run: six panels on one page. Knows curves only, nothing of training.
+"""The picture of a run, pretraining or fine-tuning: six panels on one page. Knows curves only, nothing of training.
 
 Matplotlib's own objects are used without pyplot, which keeps global state and may look for a display. Margins are fixed:
 measuring every label, as its automatic layouts do, would take most of the drawing time.
@@ -9,19 +9,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llm.training.callbacks.series import Series
 from megatron_llm.utils.atomic import atomic_file
 from megatron_llm.utils.optional import require
 from megatron_llm.utils.progress import amount
+from megatron_llm.utils.series import Series
 
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = "#3566a8", "#d9822b", "#3a8f5c", "#b8433f", "#7a5aa6", "#2a8c94"
 INK, GREY, LINE, GRID = "#30343b", "#6b7079", "#c4c8ce", "#e8eaed"
+KEYS = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "loss_scale", "mfu", "seconds")
 SMOOTH_FROM = 20  # points; a smoothed line over fewer would be invented
 
 
 def draw(path: str | Path, title: str, series: Mapping[str, Series]) -> None:
-    """Write the grid of curves to `path` (PNG, atomically). Keys: loss, validation_loss, lr, grad_norm, tokens_per_second,
-    loss_scale, mfu, seconds; an empty series is a panel without a curve."""
+    """Write the grid of curves to `path` (PNG, atomically), one for each of `KEYS`; an empty series is a panel without a curve.
+
+    The last panel shows the loss scale or, where there is none, the MFU or else the seconds of a step.
+    """
     require("matplotlib", purpose="--img-log-dir")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
