@@ -140,7 +140,7 @@ def test_rows_of_the_parts_become_comparisons() -> None:
     text = comparisons_in("preprocess", {"ours": [run], "megatron": [{**run, "seconds": 20.0}]}) or []
     assert [one.ratio for one in text] == [10.0, None, None] and text[1].not_run == "it is not installed here"
     saved = {"megabytes": 10.0, "layout": "TP 1", "form": "hf", "save": 2.0, "disk": 10.0, "ratio": 0.5, "stall": 0.1}
-    read = {"form": "hf", "rate": 8.0, "disk": 16.0, "ratio": 0.5}
+    read = {"form": "hf", "megabytes": 10.0, "rate": 8.0, "disk": 16.0, "ratio": 0.5}
     files = comparisons_in("checkpoint", {"saves": [saved], "loads": [read]}) or []
     assert [one.ratio for one in files] == pytest.approx([0.5, 20.0, 0.5])
     assert comparisons_in("pipeline", {"comparisons": []}) == []

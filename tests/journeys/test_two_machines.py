@@ -29,7 +29,7 @@ def machine(number: int, port: int, output: Path, *flags: str) -> "subprocess.Po
 def outputs(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str]]:
     found = []
     for process in processes:
-        text, _ = process.communicate(timeout=200)
+        text, _ = process.communicate(timeout=280)
         found.append((process.returncode, text))
     return found
 
