@@ -15,6 +15,7 @@ from typing import Any
 from megatron_llm.checkpoint.bin_file import list_bin
 from megatron_llm.checkpoint.tensor_file import TensorSpec
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -139,7 +140,7 @@ def _indexed(path: Path, mapped: dict[str, str], read: Callable[[Path], dict[str
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    mapped = _read_json(index).get("weight_map")
+    mapped = read_json(index).get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(file, str) and Path(file).name == file for file in mapped.values()):
         raise UserError(f"{index} has no usable weight_map: it must map each tensor to a file beside it")
     return mapped
@@ -151,24 +152,12 @@ def _bin_tensors(path: Path) -> dict[str, StoredTensor]:
 
 def read_hf_config(path: Path) -> dict[str, Any]:
     """The content of a folder's `config.json`; UserError when it cannot be read."""
-    return _read_json(path / CONFIG)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where an object is expected")
-    return content
+    return read_json(path / CONFIG)
 
 
 def read_contract(path: Path) -> dict[str, Any]:
     """What `megatron_llm.json` of a folder says, {} without one."""
-    return _read_json(path / CONTRACT) if (path / CONTRACT).is_file() else {}
+    return read_json(path / CONTRACT) if (path / CONTRACT).is_file() else {}
 
 
 def stored_dtype(path: Path) -> str:

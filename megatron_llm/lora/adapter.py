@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_llm.checkpoint.bin_file import list_bin
 from megatron_llm.checkpoint.hf_folder import StoredTensor, read_header
-from megatron_llm.lora.tensors import StoredTensors, read_json
+from megatron_llm.lora.tensors import StoredTensors
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -25,9 +25,9 @@ from megatron_llm.lora.merge_documents import TokenizerSource, choose_tokenizer,
 from megatron_llm.lora.merge_plan import Plan, make_plan
 from megatron_llm.lora.merge_proof import MergeComparison, compare_merged
 from megatron_llm.lora.merge_weights import WrittenWeights, change_table, output_specs, tied_after, write_weights
-from megatron_llm.lora.tensors import read_json
 from megatron_llm.utils.atomic import atomic_folder, write_json
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 from megatron_llm.utils.progress import Progress
 
 REPORT = "merge_report.json"

@@ -17,9 +17,9 @@ from megatron_llm.data.chat_template import chat_template_hash, special_token_id
 from megatron_llm.data.tokenizers import build_tokenizer
 from megatron_llm.lora.adapter import Adapter
 from megatron_llm.lora.base import Base
-from megatron_llm.lora.tensors import read_json
 from megatron_llm.utils.atomic import write_json
 from megatron_llm.utils.errors import UserError
+from megatron_llm.utils.json_files import read_json
 
 _TOKENIZER_FILE = re.compile(
     r"tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
