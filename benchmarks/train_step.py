@@ -153,8 +153,8 @@ def say(line: str) -> None:
 
 def add_common(made: argparse.ArgumentParser) -> None:
     """Options of every benchmark of training steps."""
-    made.add_argument("--rounds", type=int, default=9, help="measured steps of each program (default: 9)")
-    made.add_argument("--steps", type=int, default=3, help="steps that choose a peer's configuration (default: 3)")
+    made.add_argument("--rounds", type=int, default=5, help="measured steps of each program (default: 5)")
+    made.add_argument("--steps", type=int, default=2, help="steps that choose a peer's configuration (default: 2)")
     made.add_argument("--ours", action="append", metavar="FLAGS", help="flags of tools/pretrain.py for a program of ours; may be repeated")
     made.add_argument("--peers-dir", type=Path, default=peers_folder(), help="environments of the peers")
     made.add_argument("--no-peers", action="store_true", help="ours alone")

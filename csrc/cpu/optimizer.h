@@ -57,23 +57,6 @@ static void accumulate(float* total, const void* addend, int64_t count) {
     store_part<Float32>(total + i, left, load_part<Float32>(total + i, left, 0.0f) + load_part<Type>(from + i, left, 0.0f));
 }
 
-// kLanes vectors as the rows of a matrix, to the vectors that are its columns: each round of interleaving the first half
-// with the second turns one bit of the place.
-INLINE void transpose(Floats (&rows)[kLanes]) {
-  const Ints low = interleave_mask(0), high = interleave_mask(kLanes / 2);
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    Floats turned[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
-  }
-}
-
 // Blocks of kLanes x kLanes, in an order that uses whole cache lines on both sides; what is left over element by element.
 template <typename Type>
 static void accumulate_transposed(

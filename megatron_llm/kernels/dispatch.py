@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_llm.kernels import fused, native, reference
 from megatron_llm.kernels.attention import attention
+from megatron_llm.kernels.products import Products
 from megatron_llm.utils.errors import UserError
 
 
@@ -24,6 +25,7 @@ class Kernels:
 
     name: str  # torch or fused
     detail: str  # which forms are in use, and why
+    products: Products  # what matrices are multiplied with
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,6 +56,7 @@ def torch_kernels(detail: str = "every operation in plain torch") -> Kernels:
     return Kernels(
         name="torch",
         detail=detail,
+        products="torch",
         rms_norm=reference.rms_norm,
         layer_norm=reference.layer_norm,
         rotary=reference.rotary,
@@ -104,6 +107,7 @@ def _native_kernels() -> Kernels:
     chosen = replace(
         torch_kernels(),
         name="fused",
+        products="fused" if native.multiplies_faster() else "torch",
         attention=attention,
         rms_norm=fused.rms_norm,
         rotary=fused.rotary,

@@ -17,6 +17,7 @@ from megatron_llm.checkpoint.hf_folder import list_tensors
 from megatron_llm.checkpoint.streamed import stream_weights
 from megatron_llm.lora.adapter import Adapter
 from megatron_llm.lora.base import Base
+from megatron_llm.lora.merge_proof_memory import IdentityWithoutMemory, MergeWithoutCopies
 from megatron_llm.lora.merge_proof_weights import (
     CannotStream,
     ChainWeights,
@@ -98,7 +99,8 @@ class _AdaptedModel:
             tuner.enable_adapter_layers()
             self._adapted.set_adapter(_name(chain.unmerged), inference_mode=True)
         self._refresh()
-        logits: Tensor = self._adapted(ids, use_cache=False).logits
+        with IdentityWithoutMemory():
+            logits: Tensor = self._adapted(ids, use_cache=False).logits
         return logits.float()
 
 
@@ -170,7 +172,8 @@ class _TunedLayer:
             for factor, data in zip(factors, trained, strict=True):
                 factor.data = data
         if number != self._chain.unmerged:
-            layer.merge(adapter_names=[name])
+            with MergeWithoutCopies():
+                layer.merge(adapter_names=[name])
             layer.merged_adapters = []  # as after merge_and_unload: the next one sees what this one made as its base
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_llm.config.schema import ModelConfig
 from megatron_llm.kernels.dispatch import Kernels
+from megatron_llm.kernels.products import Products
 from megatron_llm.models.blocks.block import Block
 from megatron_llm.models.blocks.context import BuildContext, ForwardContext, KVCache
 from megatron_llm.models.blocks.mask import alibi_slopes, attention_mask
@@ -111,7 +112,8 @@ class ModelChunk(nn.Module):
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the model configuration must be resolved"
-        ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed, fp8=options.fp8)
+        products: Products = "fp8" if options.fp8 else kernels.products
+        ctx = ParallelContext(groups.tp, options.sequence_parallel, groups.device, options.dtype, options.seed, products)
         build = BuildContext(ctx, kernels, recompute_attention=options.recompute == "selective")
         tied, whole = bool(config.tie_word_embeddings), first and last
         self.config, self.family, self.tp, self.options, self.context, self.kernels = config, family, groups.tp, options, ctx, kernels

@@ -47,7 +47,7 @@ class ColumnAdapter(nn.Module):
         self.chosen = [part.name in parts for part in layer.parts]
         self.a = replicated_parameter(ctx, f"{name}.lora_A.weight", (shape.rank, in_features), std=_first_factor_std(in_features))
         # In the weights' type: its narrow products cost little, and 8 bits would round what is learned.
-        self.b = ColumnParallelLinear(replace(ctx, fp8=False), f"{name}.lora_B", shape.rank, chosen, bias=False, std=0.0)
+        self.b = ColumnParallelLinear(replace(ctx, products="torch"), f"{name}.lora_B", shape.rank, chosen, bias=False, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The addition to the layer's local output."""

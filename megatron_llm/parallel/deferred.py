@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_llm.kernels.fp8 import Scaled, weight_product
+from megatron_llm.kernels.fp8 import Scaled
+from megatron_llm.kernels.products import Products, forward_product, input_gradient, weight_gradient
 from megatron_llm.parallel.comm import all_gather_into
 from megatron_llm.parallel.groups import Group
 
@@ -38,6 +39,7 @@ class Product:
     parameter: nn.Parameter
     source: Tensor | Scaled
     gradient: Tensor | Scaled
+    products: Products
     group: Group | None = None
 
     def whole_source(self) -> Callable[[], Tensor | Scaled]:
@@ -98,7 +100,7 @@ class DeferredGradients:
             assert started is not None, "in the turn before"
             whole = started()
             upcoming = products[-1].whole_source() if products else None
-            _Late.apply(product.parameter, whole, product.gradient).backward()
+            _Late.apply(product.parameter, whole, product.gradient, product.products).backward()
 
     def clear(self) -> None:
         """Forget everything, as after a step that failed."""
@@ -106,48 +108,39 @@ class DeferredGradients:
         self._collecting = None
 
 
-@torch.no_grad()
-def weight_gradient(source: Tensor | Scaled, gradient: Tensor | Scaled) -> Tensor:
-    """[out, in] from a linear layer's input [..., in] and its output's gradient [..., out]; in 8 bits where the latter is."""
-    if isinstance(gradient, Scaled):
-        return weight_product(gradient, source)
-    assert not isinstance(source, Scaled), "a layer's products are all in 8 bits or none is"
-    return gradient.flatten(0, -2).t().matmul(source.flatten(0, -2))
-
-
 class _Late(torch.autograd.Function):
     """Hands a parameter its gradient through autograd, which accumulates it, runs the hooks and takes it over uncopied."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, source: Tensor | Scaled, gradient: Tensor | Scaled) -> Tensor:
-        ctx.source, ctx.gradient = source, gradient
+    def forward(ctx: Any, parameter: Tensor, source: Tensor | Scaled, gradient: Tensor | Scaled, products: Products) -> Tensor:
+        ctx.source, ctx.gradient, ctx.products = source, gradient, products
         return parameter.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return weight_gradient(ctx.source, ctx.gradient), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return weight_gradient(ctx.source, ctx.gradient, ctx.products), None, None, None
 
 
-class _SplitLinear(torch.autograd.Function):
-    """A linear layer on one rank whose weight gradient can be left for later; otherwise what autograd itself does."""
+class _Linear(torch.autograd.Function):
+    """A linear layer on one rank by `kernels.products`, whose weight gradient may be left to `deferred`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients | None, products: Products) -> Tensor:
         # Recomputed activations bring back detached copies of what is saved; a gradient is delivered to the parameter.
-        ctx.deferred, ctx.parameter = deferred, weight
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        ctx.deferred, ctx.parameter, ctx.products = deferred, None if deferred is None else weight, products
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return forward_product(x, weight, bias, products)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        gradient = grads[0]
-        grad_x = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
+        gradient, products = grads[0], ctx.products
+        grad_x = input_gradient(gradient, weight, products) if ctx.needs_input_grad[0] else None
         grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        if ctx.deferred.collecting:
-            ctx.deferred.put(Product(ctx.parameter, x.detach(), gradient))
-            return grad_x, None, grad_bias, None
-        return grad_x, weight_gradient(x, gradient), grad_bias, None
+        if ctx.deferred is not None and ctx.deferred.collecting:
+            ctx.deferred.put(Product(ctx.parameter, x.detach(), gradient, products))
+            return grad_x, None, grad_bias, None, None
+        return grad_x, weight_gradient(x, gradient, products) if ctx.needs_input_grad[1] else None, grad_bias, None, None
 
 
 def splits(weight: Tensor, deferred: DeferredGradients) -> bool:
@@ -155,9 +148,10 @@ def splits(weight: Tensor, deferred: DeferredGradients) -> bool:
     return deferred.enabled and torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients, products: Products = "torch") -> Tensor:
     """x W^T + b on one rank, [..., in] to [..., out], with a weight gradient that can be computed later."""
-    if not splits(weight, deferred):
+    later = splits(weight, deferred)
+    if not later and (products == "torch" or torch.compiler.is_compiling()):
         return F.linear(x, weight, bias)
-    result: Tensor = _SplitLinear.apply(x, weight, bias, deferred)
+    result: Tensor = _Linear.apply(x, weight, bias, deferred if later else None, products)
     return result

@@ -35,7 +35,7 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(gradient, rounded(weight, weight_scale, E4M3).transposed())
         if ctx.deferred is not None and ctx.deferred.collecting:
-            ctx.deferred.put(Product(ctx.parameter, source, gradient))
+            ctx.deferred.put(Product(ctx.parameter, source, gradient, "fp8"))
             return grad_x, None, None
         return grad_x, weight_product(gradient, source) if ctx.needs_input_grad[1] else None, None
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_llm.kernels.fp8 import forward_product
+from megatron_llm.kernels.products import Products, forward_product, operand
 from megatron_llm.parallel.collectives import reduce_from_group, scatter_sequence
 from megatron_llm.parallel.comm import all_gather_first_dim
 from megatron_llm.parallel.deferred import DeferredGradients, Product, linear, splits
@@ -22,14 +22,14 @@ from megatron_llm.parallel.groups import Group
 from megatron_llm.parallel.linear_loss import VocabularyShard
 from megatron_llm.parallel.placement import Part, Placement, set_placement
 from megatron_llm.parallel.random import fill_normal_
-from megatron_llm.parallel.traceable import column_gradients, column_linear, operand
+from megatron_llm.parallel.traceable import column_gradients, column_linear
 
 
 @dataclass(frozen=True)
 class ParallelContext:
     """What every layer of a model chunk shares: the TP group, sequence parallelism, where and how parameters are made.
 
-    `deferred` takes the weight gradients that a split backward leaves for later. `fp8`: linear layers multiply in 8 bits.
+    `deferred` takes the weight gradients that a split backward leaves for later. `products`: what linear layers multiply with.
     """
 
     tp: Group
@@ -37,7 +37,7 @@ class ParallelContext:
     device: torch.device
     dtype: torch.dtype
     seed: int
-    fp8: bool = False
+    products: Products = "torch"
     deferred: DeferredGradients = field(default_factory=DeferredGradients, compare=False)
 
     @property
@@ -94,31 +94,38 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, fp8: bool, deferred: DeferredGradients | None
+        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, products: Products, deferred: DeferredGradients | None
     ) -> Tensor:
-        ctx.group, ctx.sequence_parallel, ctx.fp8, ctx.deferred = group, sequence_parallel, fp8, deferred
+        ctx.group, ctx.sequence_parallel, ctx.products, ctx.deferred = group, sequence_parallel, products, deferred
         ctx.parameter = None if deferred is None else weight  # recomputation brings back detached copies of what is saved
         ctx.save_for_backward(x, weight)
         whole = all_gather_first_dim(x, group) if sequence_parallel else x
-        return forward_product(whole, weight) if fp8 else F.linear(whole, weight)
+        return forward_product(whole, weight, None, products)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         later = ctx.deferred is not None and ctx.deferred.collecting
-        wants_weight, grad = ctx.needs_input_grad[1] and not later, operand(grads[0], fp8=ctx.fp8)
-        grad_x, grad_weight = column_gradients(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight)
+        wants_weight, grad = ctx.needs_input_grad[1] and not later, operand(grads[0], ctx.products)
+        grad_x, grad_weight = column_gradients(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight, ctx.products)
         if later:
-            ctx.deferred.put(Product(ctx.parameter, x.detach(), grad, ctx.group if ctx.sequence_parallel else None))
+            ctx.deferred.put(Product(ctx.parameter, x.detach(), grad, ctx.products, ctx.group if ctx.sequence_parallel else None))
         return grad_x, grad_weight, None, None, None, None
 
 
-def _column_linear(x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients, *, fp8: bool) -> Tensor:
+def _column_linear(
+    x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, deferred: DeferredGradients, products: Products
+) -> Tensor:
     if torch.compiler.is_compiling():
-        traced: Tensor = column_linear(x, weight, group.name, sequence_parallel, fp8)
+        traced: Tensor = column_linear(x, weight, group.name, sequence_parallel, products)
         return traced
-    result: Tensor = _ColumnLinear.apply(x, weight, group, sequence_parallel, fp8, deferred if splits(weight, deferred) else None)
+    result: Tensor = _ColumnLinear.apply(x, weight, group, sequence_parallel, products, deferred if splits(weight, deferred) else None)
     return result
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients, products: Products) -> Tensor:
+    """A layer on one rank."""
+    return fp8_linear(x, weight, bias, deferred) if products == "fp8" else linear(x, weight, bias, deferred, products)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -133,7 +140,7 @@ class ColumnParallelLinear(nn.Module):
         self, ctx: ParallelContext, logical_name: str, in_features: int, parts: Sequence[ColumnPart], *, bias: bool, std: float
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel, self.deferred, self.fp8 = ctx.tp, ctx.shards_sequence, ctx.deferred, ctx.fp8
+        self.group, self.sequence_parallel, self.deferred, self.products = ctx.tp, ctx.shards_sequence, ctx.deferred, ctx.products
         self.logical_name, self.in_features, self.parts = logical_name, in_features, tuple(parts)
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives something to add to its output
         self.splits = [part.size // part.shards for part in parts]
@@ -146,9 +153,9 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S or S/tp, B, in] to [S, B, local out]."""
         if self.group.size == 1:
-            y = (fp8_linear if self.fp8 else linear)(x, self.weight, self.bias, self.deferred)
+            y = _linear(x, self.weight, self.bias, self.deferred, self.products)
         else:
-            y = _column_linear(x, self.weight, self.group, self.sequence_parallel, self.deferred, fp8=self.fp8)
+            y = _column_linear(x, self.weight, self.group, self.sequence_parallel, self.deferred, self.products)
             y = y if self.bias is None else y + self.bias
         for adapter in self.adapters:
             y = y + adapter(x)
@@ -191,7 +198,7 @@ class RowParallelLinear(nn.Module):
         tp = ctx.tp
         if in_features % tp.size:
             raise ValueError(f"{logical_name}: {in_features} input features do not divide over {tp.size} ranks")
-        self.group, self.sequence_parallel, self.deferred, self.fp8 = tp, ctx.shards_sequence, ctx.deferred, ctx.fp8
+        self.group, self.sequence_parallel, self.deferred, self.products = tp, ctx.shards_sequence, ctx.deferred, ctx.products
         self.logical_name, self.in_features, self.out_features = logical_name, in_features, out_features
         self.adapters = nn.ModuleList()  # each takes the layer's input and gives a partial sum to add to its own
         columns = in_features // tp.size
@@ -201,10 +208,9 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, in/tp] to [S or S/tp, B, out]."""
-        multiply = fp8_linear if self.fp8 else linear
         if self.group.size == 1 and not self.adapters:
-            return multiply(x, self.weight, self.bias, self.deferred)
-        partial = multiply(x, self.weight, None, self.deferred)
+            return _linear(x, self.weight, self.bias, self.deferred, self.products)
+        partial = _linear(x, self.weight, None, self.deferred, self.products)
         for adapter in self.adapters:
             partial = partial + adapter(x)
         y = scatter_sequence(partial, self.group) if self.sequence_parallel else reduce_from_group(partial, self.group)
@@ -281,5 +287,5 @@ class VocabParallelHead(nn.Module):
         weight = self.projection()
         if self.group.size == 1:
             return F.linear(x, weight)
-        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel, False, None)  # see `deferred`
+        logits: Tensor = _ColumnLinear.apply(x, weight, self.group, self.sequence_parallel, "torch", None)  # see `deferred`
         return logits

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_llm.kernels.dispatch import Kernels
+from megatron_llm.kernels.products import multiply, multiply_into
 from megatron_llm.parallel.comm import Pending, all_gather_first_dim, all_reduce, reduce_scatter_into
 from megatron_llm.parallel.groups import Group
 
@@ -59,14 +60,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)
             x, target = flat[part], labels[part]
-            logits = x @ weight.t()
+            logits = multiply(x, weight.t(), kernels.products)
             log_sum, target_logit = combine_statistics(kernels.softmax_statistics(logits, target, shard.first, shard.valid), shard.group)
             torch.sub(log_sum, target_logit, out=losses[part])
             if not (wants_hidden or wants_weight):
                 continue
             kernels.softmax_gradient_(logits, target, log_sum, weights[part], shard.first, shard.valid)
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[part])
+                multiply_into(grad_hidden[part], logits, weight, kernels.products)
             if grad_weight is not None:
                 grad_weight.add(logits, x)
         ctx.group, ctx.grad_weight = shard.group, grad_weight.total() if grad_weight is not None else None
@@ -90,16 +91,16 @@ class _WeightGradient:
     """Sums the chunks' parts of the weight's gradient: in fp32 when there are several, else as the product gives it."""
 
     def __init__(self, weight: Tensor, kernels: Kernels) -> None:
-        self._weight, self._accumulate = weight, kernels.accumulate_
+        self._weight, self._accumulate, self._products = weight, kernels.accumulate_, kernels.products
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
 
     def add(self, grad_logits: Tensor, x: Tensor) -> None:
         """Add grad_logits^T x."""
         if self._first is None:
-            self._first = grad_logits.t() @ x
+            self._first = multiply(grad_logits.t(), x, self._products)
         elif self._first.dtype == torch.float32:
-            self._first.addmm_(grad_logits.t(), x)
+            multiply_into(self._first, grad_logits.t(), x, self._products, add=True)
         else:
             if self._sum is None:
                 self._sum = self._first.float()

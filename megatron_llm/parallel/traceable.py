@@ -8,11 +8,11 @@ that is an operator too; inside they do what `layers` and `collectives` do in ea
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megatron_llm.kernels.fp8 import E5M2, Scaled, forward_product, input_product, scaled
+from megatron_llm.kernels.fp8 import Scaled
+from megatron_llm.kernels.products import Products, forward_product, input_gradient, operand, weight_gradient
 from megatron_llm.parallel.comm import (
     Pending,
     all_gather_first_dim,
@@ -21,7 +21,6 @@ from megatron_llm.parallel.comm import (
     reduce_scatter_first_dim,
     reduce_scatter_into,
 )
-from megatron_llm.parallel.deferred import weight_gradient
 from megatron_llm.parallel.groups import Group
 
 # With the compiler's CUDA graphs (--compile-mode), what communicates runs between the recorded pieces and not in them.
@@ -33,40 +32,42 @@ def _group(name: str) -> Group:
     return Group(tuple(range(pg.size())), pg.rank(), pg)
 
 
+def _known(products: str) -> Products:
+    return products  # type: ignore[return-value]  # operators have no other type for it
+
+
 @torch.library.custom_op("megatron_llm::column_linear", mutates_args=(), tags=OUTSIDE_GRAPHS)
-def column_linear(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, fp8: bool) -> Tensor:
+def column_linear(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, products: str) -> Tensor:
     """x W^T with `x` [S, B, in], or [S/tp, B, in] gathered over the group under sequence parallelism."""
     whole = all_gather_first_dim(x, _group(group)) if sequence_parallel else x
-    return forward_product(whole, weight) if fp8 else F.linear(whole, weight)
+    return forward_product(whole, weight, None, _known(products))
 
 
 @column_linear.register_fake
-def _(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, fp8: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, products: str) -> Tensor:
     length = x.shape[0] * (_group(group).size if sequence_parallel else 1)
     return x.new_empty((length, *x.shape[1:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("megatron_llm::column_linear_backward", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def column_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, fp8: bool
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, products: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `column_linear`'s input and weight, the second empty unless `wants_weight`."""
-    grad_x, grad_weight = column_gradients(operand(grad, fp8=fp8), x, weight, _group(group), sequence_parallel, wants_weight)
+    kind = _known(products)
+    grad_x, grad_weight = column_gradients(operand(grad, kind), x, weight, _group(group), sequence_parallel, wants_weight, kind)
     return grad_x, weight.new_empty(0) if grad_weight is None else grad_weight
 
 
 @column_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, fp8: bool) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, group: str, sequence_parallel: bool, wants_weight: bool, products: str
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape if wants_weight else 0)
 
 
-def operand(grad: Tensor, *, fp8: bool) -> Tensor | Scaled:
-    """An output's gradient as the products of the backward take it, in 8 bits where they are."""
-    return scaled(grad, E5M2) if fp8 else grad.contiguous()
-
-
 def column_gradients(
-    grad: Tensor | Scaled, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, wants_weight: bool
+    grad: Tensor | Scaled, x: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, wants_weight: bool, products: Products
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of a column-parallel product's input, summed over the group, and of its weight; `grad` is an `operand`.
 
@@ -76,25 +77,25 @@ def column_gradients(
     gathered = Pending(x)
     if sequence_parallel and wants_weight:
         gathered = all_gather_into(x.new_empty((x.shape[0] * group.size, *x.shape[1:])), x.contiguous(), group, async_op=True)
-    grad_x = input_product(grad, weight) if isinstance(grad, Scaled) else grad.matmul(weight)
+    grad_x = input_gradient(grad, weight, products)
     total = gathered.wait()
     if sequence_parallel:
         reduced = reduce_scatter_into(torch.empty_like(x, memory_format=torch.contiguous_format), grad_x, group, async_op=True)
     else:
         reduced = all_reduce(grad_x, group, async_op=True)
-    grad_weight = weight_gradient(total, grad) if wants_weight else None
+    grad_weight = weight_gradient(total, grad, products) if wants_weight else None
     return reduced.wait(), grad_weight
 
 
 def _column_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.group, ctx.sequence_parallel, ctx.fp8 = inputs
+    x, weight, ctx.group, ctx.sequence_parallel, ctx.products = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _column_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
     x, weight = ctx.saved_tensors
     wants_weight = ctx.needs_input_grad[1]
-    grad_x, grad_weight = column_linear_backward(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight, ctx.fp8)
+    grad_x, grad_weight = column_linear_backward(grad, x, weight, ctx.group, ctx.sequence_parallel, wants_weight, ctx.products)
     return grad_x, grad_weight if wants_weight else None, None, None, None
 
 

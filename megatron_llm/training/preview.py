@@ -56,7 +56,7 @@ def fp8_notes(config: RunConfig, chunks: Iterable[nn.Module], device: torch.devi
     if device.type == "cpu":
         text += "; a CPU emulates it, slower than without it"
     layers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear))
-    uneven = {tuple(layer.weight.shape) for layer in layers if layer.fp8 and any(size % UNIT for size in layer.weight.shape)}
+    uneven = {tuple(layer.weight.shape) for layer in layers if layer.products == "fp8" and any(size % UNIT for size in layer.weight.shape)}
     tokens = config.train.micro_batch_size * config.train.seq_length
     padded = [f"weights of {rows} x {columns}" for rows, columns in sorted(uneven)]
     padded += [f"micro-batches of {tokens} tokens"] if tokens % UNIT else []

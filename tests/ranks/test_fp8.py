@@ -59,7 +59,7 @@ def errors_of_layers(groups: ParallelGroups, sequence_parallel: bool) -> list[fl
     def mine(tensor: Tensor, dim: int | None) -> Tensor:
         return tensor if dim is None else tensor.chunk(groups.tp.size, dim)[groups.tp.rank]
 
-    ctx = ParallelContext(groups.tp, sequence_parallel, torch.device("cpu"), torch.float32, seed=5, fp8=True)
+    ctx = ParallelContext(groups.tp, sequence_parallel, torch.device("cpu"), torch.float32, seed=5, products="fp8")
     plain = dataclasses.replace(ctx, tp=single_group())
     sequence = 0 if sequence_parallel else None
     column = [ColumnParallelLinear(c, "a", 11, [ColumnPart("", 26, c.tp.size)], bias=True, std=0.5) for c in (ctx, plain)]

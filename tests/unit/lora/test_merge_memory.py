@@ -50,9 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc, which only Linux has")
-@pytest.mark.parametrize(("kind", "proven"), [("lora", 2 * _SHARD), ("dora", 4 * _SHARD)], ids=["lora", "dora"])
-def test_peak_is_below_two_files(tmp_path: Path, base: Path, kind: str, proven: int) -> None:
-    """With the proof of DoRA below two files in fp32: peft multiplies its factors by an identity matrix as large as the input."""
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peak_is_below_two_files(tmp_path: Path, base: Path, kind: str) -> None:
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     assert weights > 6 * _SHARD, "the model is too small to show anything"
     settings = {"target_modules": "all-linear", "use_dora": kind == "dora"}
@@ -67,4 +66,4 @@ def test_peak_is_below_two_files(tmp_path: Path, base: Path, kind: str, proven: 
     print(f"with the proof {peaks['proven'] / 1e6:.0f} MB")
     assert all(each["changed"] == 56 for each in found.values())
     assert all("layer by layer" in judge for judge in found["proven"]["comparison"]["judges"])
-    assert 0 < peaks["unproven"] < _SHARD and 0 < peaks["proven"] < proven, peaks
+    assert 0 < peaks["unproven"] < _SHARD and 0 < peaks["proven"] < 2 * _SHARD, peaks
