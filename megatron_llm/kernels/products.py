@@ -22,26 +22,31 @@ _LARGE = 2**24
 
 def multiply(a: Tensor, b: Tensor, products: Products) -> Tensor:
     """a b of `a` [M, K] and `b` [K, N], in one of the arithmetics that round nothing but the result."""
-    if products == "fused" and _large(a, b):
+    if products == "fused" and _is_ours(a, a.shape[0] * a.shape[1] * b.shape[1]):
         return multiply_into(a.new_empty((a.shape[0], b.shape[1])), a, b, products)
     return a @ b
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, products: Products, *, add: bool = False) -> Tensor:
     """`out` [M, N] = a b, or with `add` the sum of both; returned."""
-    if products == "fused" and _large(a, b):
+    if products == "fused" and _is_ours(a, a.shape[0] * a.shape[1] * b.shape[1]):
         torch.ops.megatron_llm.matrix_product_(out, a, b, add)
         return out
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
 
-def _large(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE and not torch.compiler.is_compiling()
+def _is_ours(a: Tensor, multiplications: int) -> bool:
+    return a.dtype == torch.float32 and multiplications >= _LARGE and not torch.compiler.is_compiling()
+
+
+def left_to_torch(x: Tensor, weight: Tensor, products: Products) -> bool:
+    """Whether a layer of this input [..., in] and weight [out, in] is torch's, forward and backward."""
+    return products == "torch" or products == "fused" and not _is_ours(x, x.numel() * weight.shape[0])
 
 
 def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
     """x W^T + b, [..., in] to [..., out]."""
-    if products == "torch" or torch.compiler.is_compiling() and products == "fused":
+    if left_to_torch(x, weight, products):
         return F.linear(x, weight, bias)
     if products == "fp8":
         y = fp8.forward_product(x, weight)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_llm.kernels.fp8 import Scaled
-from megatron_llm.kernels.products import Products, forward_product, input_gradient, weight_gradient
+from megatron_llm.kernels.products import Products, forward_product, input_gradient, left_to_torch, weight_gradient
 from megatron_llm.parallel.comm import all_gather_into
 from megatron_llm.parallel.groups import Group
 
@@ -151,7 +151,7 @@ def splits(weight: Tensor, deferred: DeferredGradients) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredGradients, products: Products = "torch") -> Tensor:
     """x W^T + b on one rank, [..., in] to [..., out], with a weight gradient that can be computed later."""
     later = splits(weight, deferred)
-    if not later and (products == "torch" or torch.compiler.is_compiling()):
+    if not later and left_to_torch(x, weight, products):
         return F.linear(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias, deferred if later else None, products)
     return result

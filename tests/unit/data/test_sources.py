@@ -180,3 +180,10 @@ def test_an_element_larger_than_many_blocks(tmp_path: Path) -> None:
     texts = ["x" * 50_000, "y", "\\" * 3000]
     path.write_text(json.dumps([{"text": text} for text in texts]))
     assert _texts(_blocks(path)) == texts
+
+
+def test_blocks_are_a_hundredth_of_the_input_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real bounds
+    small, large = 256 * 1024, 1024 * 1024
+    totals = (0, 1, 100 * small - 1, 100 * small + 100, 100 * large, 10**13)
+    assert [sources.block_size(total) for total in totals] == [small, small, small, small + 1, large, large]
