@@ -61,7 +61,7 @@ static void accumulate(float* total, const void* addend, int64_t count) {
 template <typename Type>
 static void accumulate_transposed(
     float* total, const void* addend, int64_t columns, int64_t stride, int64_t begin, int64_t end, bool overwrite) {
-  constexpr int64_t kTile = 64;
+  constexpr int64_t kTile = 256;  // rows: a column of the addend is on another page, so much of it is used at once
   const auto* from = static_cast<const typename Type::Stored*>(addend);
   const int64_t whole_columns = columns / kLanes * kLanes;
   for (int64_t tile = begin; tile < end; tile += kTile) {
@@ -70,11 +70,16 @@ static void accumulate_transposed(
       for (int64_t row = tile; row < whole; row += kLanes) {
         Floats block[kLanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) block[j] = Type::load_vector(from + (column + j) * stride + row);
+        for (int j = 0; j < kLanes; ++j) {
+          const auto* at = from + (column + j) * stride + row;
+          __builtin_prefetch(at + kLanes * stride);
+          block[j] = Type::load_vector(at);
+        }
         transpose(block);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           float* to = total + (row + i) * columns + column;
+          __builtin_prefetch(to + kLanes * columns, 1);
           Float32::store_vector(to, overwrite ? block[i] : Float32::load_vector(to) + block[i]);
         }
       }
