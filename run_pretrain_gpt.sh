@@ -261,8 +261,9 @@ if [ "$NODE_RANK" -eq 0 ] && [ -n "$EXPORT_PATH" ]; then
     fi
     echo "== sample"
     "$@"
-    [ "$PWD" != "$HERE" ] || prefix="$HERE/" # paths are shown from here
-    sed "s#${prefix:-}##g" <<END
+    shorten=
+    [ "$PWD" != "$HERE" ] || shorten="s#$HERE/##g" # paths are shown from here
+    sed "$shorten" <<END
 
 Done in $(($(date +%s) - started)) s. What lies where:
   $CHECKPOINT_PATH    checkpoints, and log.jsonl with one line a step

@@ -21,6 +21,7 @@ import torch
 from megatron_llm.utils.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+PANEL = 80  # bars in one panel of a picture
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,32 @@ def stamp_lines(values: Mapping[str, Any]) -> str:
 
 
 def plot(comparisons: Sequence[Comparison], path: Path, title: str) -> bool:
-    """Bars of all ratios on a logarithmic axis, 1 marked, into a PNG; False when nothing was compared."""
+    """Bars of all ratios on logarithmic axes, 1 marked, into a PNG; False when nothing was compared.
+
+    Many bars stand in panels beside each other, with one scale.
+    """
     shown = [(one, ratio) for one in comparisons if (ratio := one.ratio) is not None]
     if not shown:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.4 + 0.32 * len(shown)), layout="constrained")
-    axes = figure.subplots()
+    panels = -(-len(shown) // PANEL)
+    each = -(-len(shown) // panels)
+    figure = Figure(figsize=(11 * panels, 1.4 + 0.32 * each), layout="constrained")
+    for number, axes in enumerate(figure.subplots(1, panels, sharex=True, squeeze=False)[0]):
+        _draw_bars(axes, shown[number * each : (number + 1) * each])
+        axes.set_ylim(each - 0.4, -0.6)
+    figure.suptitle(title, fontsize=11)
+    FigureCanvasAgg(figure).print_png(str(path))
+    return True
+
+
+def _draw_bars(axes: Any, shown: Sequence[tuple[Comparison, float]]) -> None:
+    """One panel: a bar for each ratio, from the top down, left of 1 where ours is behind."""
     places = range(len(shown))
     colors = ["#2a7f62" if ratio >= 1 else "#b5503c" for _, ratio in shown]
-    axes.barh(places, [ratio - 1 for _, ratio in shown], left=1, color=colors)  # bars grow from 1: left behind, right ahead
+    axes.barh(places, [ratio - 1 for _, ratio in shown], left=1, color=colors)
     axes.set_yticks(places, [f"{one.what}  vs  {one.peer}" for one, _ in shown], fontsize=8)
     for place, (_, ratio) in zip(places, shown, strict=True):
         axes.text(max(ratio, 1.0), place, f" {ratio:.2f}", va="center", fontsize=8)
@@ -138,9 +153,5 @@ def plot(comparisons: Sequence[Comparison], path: Path, title: str) -> bool:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("times better than the peer (right of 1: ours is ahead)")
-    axes.set_title(title, fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(path))
-    return True

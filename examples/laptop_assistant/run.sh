@@ -42,7 +42,8 @@ run() {
 
 export VENV
 if [ "$DRY_RUN" = 0 ] && [ ! -d "$MODEL" ] && [ "$MODEL" = demo/checkpoint ]; then
-    sh "$ROOT/run_pretrain_gpt.sh"
+    # These names mean something else there, and a caller may have exported them.
+    (unset MODEL OUTPUT TRAIN_ITERS && sh "$ROOT/run_pretrain_gpt.sh")
 fi
 [ "$DRY_RUN" = 1 ] || sh "$ROOT/run_install_environment.sh"
 

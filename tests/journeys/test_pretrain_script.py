@@ -68,10 +68,11 @@ class Place:
         stubs = {"CALLS": str(self.folder / "calls"), "OUTPUT": str(self.folder / "demo")}
         return {"PATH": path, **stubs, **self.variables, **variables}
 
-    def run(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-        """Run the script to its end."""
+    def run(self, *arguments: str, folder: Path | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
+        """Run the script to its end, in `folder` or its own."""
         command = ["sh", str(self.folder / "run_pretrain_gpt.sh"), *arguments]
-        return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, check=False, cwd=self.folder)
+        cwd = folder or self.folder
+        return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, check=False, cwd=cwd)
 
     def calls(self) -> list[str]:
         """Names of the programs that were started since the last look."""
@@ -110,6 +111,15 @@ def test_the_demo_runs_every_step_once(place: Place) -> None:
     assert again.returncode == 0
     assert place.calls() == ["check_config", "generate"]
     assert "== training: " in again.stdout and "is there" in again.stdout
+
+
+def test_the_end_shows_paths_from_the_folder_it_is_run_in(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    here = place.run(DEVICE="cpu")
+    elsewhere = place.run(DEVICE="cpu", folder=tmp_path_factory.mktemp("elsewhere"))
+    assert here.returncode == elsewhere.returncode == 0, elsewhere.stderr
+    shown, whole = (done.stdout.partition("What lies where")[2] for done in (here, elsewhere))
+    assert "  demo/checkpoint " in shown and str(place.folder / "demo") not in shown
+    assert f"  {place.folder}/demo/checkpoint " in whole
 
 
 def test_another_setting_repeats_the_steps_that_depend_on_it(place: Place) -> None:
