@@ -95,9 +95,10 @@ def test_a_layer_equals_the_plain_one(loaded: None, monkeypatch: pytest.MonkeyPa
     x, weight, shift = torch.randn(7, 3, 37), torch.randn(29, 37), torch.randn(29) if bias else None
     upstream = torch.randn(29, 3, 7).permute(2, 1, 0)
     results = []
-    for kind in ("torch", "fused"):
+    kinds: tuple[Products, ...] = ("torch", "fused")
+    for kind in kinds:
         tensors = [x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
-        y = linear(tensors[0], tensors[1], shift, DeferredGradients(), _named(kind))
+        y = linear(tensors[0], tensors[1], shift, DeferredGradients(), kind)
         y.backward(upstream)
         results.append([y, tensors[0].grad, tensors[1].grad])
     assert len(calls) == (2 if frozen else 3)
@@ -123,7 +124,3 @@ def test_which_products_are_chosen(loaded: None, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("megatron_llm.kernels.native.multiplies_faster", lambda faster=faster: faster)
         kernels = select_kernels("fused", torch.device("cpu"))
         assert kernels.products == ("fused" if faster else "torch") and ("products" in kernels.describe()) == faster
-
-
-def _named(kind: str) -> Products:
-    return "fused" if kind == "fused" else "torch"
