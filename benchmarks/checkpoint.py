@@ -1,6 +1,6 @@
 """What checkpoints cost beside the disk they lie on: a save, the stall of a background save, and a load under another layout.
 
-    python -m benchmarks.checkpoint --megabytes 500
+    python -m benchmarks.checkpoint --megabytes 2000
 
 A random LLaMA in bf16 with its optimizer state (14 bytes a parameter) is trained, and saved, under one rank and under
 TP 2 x PP 2 on this machine, in both forms, and what the four ranks saved is loaded by one, digests compared. Before and
@@ -52,7 +52,6 @@ FORMS: tuple[Form, ...] = ("sharded", "hf")
 _BLOCK = 8 * 1024 * 1024
 _PATIENCE = 300.0
 _LENGTH, _SEQUENCES = 128, 2  # of a training step: tokens of a sequence, and micro-batches of one each
-_LARGE = 2000  # megabytes of what is loaded besides
 _STEPS = 2  # of the training measured alone in each round
 
 
@@ -328,16 +327,15 @@ def slowest(costs: list[Cost]) -> Cost:
 def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=500, help="size of a checkpoint, about (default: 500)")
-    parser.add_argument("--load-megabytes", type=float, nargs="+", help="of the checkpoints to load (default: as --megabytes, and 2000)")
-    parser.add_argument("--rounds", type=int, help="rounds measured in each case (default: 5, or 2 for more than 1000 megabytes)")
+    parser.add_argument("--megabytes", type=float, default=2000, help="size of a checkpoint, about (default: 2000)")
+    parser.add_argument("--load-megabytes", type=float, nargs="+", help="of the checkpoints to load (default: as --megabytes)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds measured in each case (default: 4)")
     parser.add_argument("--measure", nargs="+", choices=("saves", "loads"), default=("saves", "loads"), help="default: both")
     parser.add_argument("--folder", help="where to write (default: a temporary folder, removed at the end)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     options = parser.parse_args()
-    options.rounds = options.rounds or (5 if options.megabytes <= 1000 else 2)
     costs = report_saves(model_of(options.megabytes), options.rounds, options.folder) if "saves" in options.measure else []
-    sizes = options.load_megabytes or sorted({options.megabytes, _LARGE})
+    sizes = options.load_megabytes or [options.megabytes]
     readings = report_loads([model_of(size) for size in sizes], options.rounds, options.folder) if "loads" in options.measure else []
     if options.json is not None:
         content = {"megabytes": options.megabytes, "saves": [asdict(cost) for cost in costs], "loads": [asdict(one) for one in readings]}

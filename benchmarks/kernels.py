@@ -72,13 +72,9 @@ def flat_cases(dtype: torch.dtype, elements: int) -> list[Case]:
     square, addend = torch.rand(elements), torch.randn(elements).to(dtype)
     rounded = None if dtype == torch.float32 else torch.empty(elements, dtype=dtype)
     rest = (3e-4, 0.9, 0.95, 1e-8, 0.1, 7, 0.5)
-    operators, rows = torch.ops.megatron_llm, elements // FFN
-    across = addend[: rows * FFN].view(FFN, rows).t()
-    cases = [
-        Case("adamw_", operators.adamw_, reference.adamw_, (main, average, square, grad, rounded, *rest), compiles=False),
-        Case("accumulate_ transposed", operators.accumulate_, add_to, (main[: rows * FFN].view(rows, FFN), across, False)),
-    ]
-    if dtype != torch.float32:  # fp32 in the same order is added by torch
+    operators = torch.ops.megatron_llm
+    cases = [Case("adamw_", operators.adamw_, reference.adamw_, (main, average, square, grad, rounded, *rest), compiles=False)]
+    if dtype != torch.float32:  # fp32 is added by torch
         cases.append(Case("accumulate_", operators.accumulate_, add_to, (main, addend, False)))
     return cases
 

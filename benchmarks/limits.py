@@ -12,12 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import linear
+from torch import Tensor
 
 from benchmarks.report import number, save, stamp, stamp_lines, table
 from megatron_llm.parallel import shm
@@ -52,18 +54,33 @@ def best_seconds(work: Callable[[], object], seconds: float) -> float:
     return best
 
 
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: what runs it, how many floating-point operations it has, how many of them a second."""
+
+    multiply: Callable[[], Tensor]
+    flops: float
+    rate: float
+
+
+def fastest_product(dtype: torch.dtype, *, seconds: float = 0.5, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Product:
+    """The product with the most FLOP/s of any of the shapes, the right side by rows and as a linear layer has it, by columns."""
+    found = []
+    for rows, inner, columns in shapes:
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+        linear_right = right.t().contiguous().t()
+        out = torch.empty(rows, columns, dtype=dtype)
+        flops = 2.0 * rows * inner * columns
+        for other in (right, linear_right):
+            multiply = partial(torch.mm, left, other, out=out)
+            found.append(Product(multiply, flops, flops / best_seconds(multiply, seconds)))
+    return max(found, key=lambda product: product.rate)
+
+
 def matmul_peak(dtype: torch.dtype, count: int, *, seconds: float = 0.5, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> float:
-    """FLOP/s of the fastest matrix product of any of the shapes, as torch.mm and in the layout of a linear layer."""
-    best = 0.0
+    """FLOP/s of the fastest matrix product with `count` threads."""
     with threads(count):
-        for rows, inner, columns in shapes:
-            left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-            weight = right.t().contiguous()
-            out = torch.empty(rows, columns, dtype=dtype)
-            flops = 2.0 * rows * inner * columns
-            for product in (lambda: torch.mm(left, right, out=out), lambda: linear(left, weight)):  # noqa: B023  # called at once
-                best = max(best, flops / best_seconds(product, seconds))
-    return best
+        return fastest_product(dtype, seconds=seconds, shapes=shapes).rate
 
 
 def memory_bandwidth(count: int, *, megabytes: int = 256, seconds: float = 1.0) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The project's training engine as a measured process: what `tools/pretrain.py` runs on each step, told to step by step.
 
-Settings: flags, a list of command-line flags of tools/pretrain.py beyond the model's and the optimizer's, and threads.
+Settings: flags, a list of command-line flags of tools/pretrain.py beyond the model's and the optimizer's, threads, and
+micro, sequences of a micro-batch where that is not the workload's.
 Ranks are what the launcher's variables say, as everywhere in the project.
 """
 
@@ -8,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -81,7 +83,9 @@ def step_of(engine: NativeEngine, work: Workload, batches: Sequence[Batch]) -> C
 def main() -> None:
     """Serve steps."""
     answers = claim_stdout()
-    work, settings = Workload.from_json(sys.argv[1]), json.loads(sys.argv[2])
+    settings = json.loads(sys.argv[2])
+    work = Workload.from_json(sys.argv[1])
+    work = replace(work, micro=settings.get("micro", work.micro))
     launch = Launch.from_environment(os.environ)
     config = configuration(work, [*settings.get("flags", []), "--num-threads", str(settings["threads"])], launch.world_size)
     device = choose_device(config.parallel, launch)

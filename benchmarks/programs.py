@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.workload import Workload
 
@@ -36,7 +36,7 @@ class Program:
     module     what is run with -m; it speaks benchmarks/protocol.py
     settings   handed to it as JSON
     ranks      processes
-    ours       the project's own, to be compared with the best of the others
+    role       "ours": the project's own, to be compared with the best of the "peer"s; "beside": shown in the table alone
     variables  environment beyond the driver's
     """
 
@@ -45,7 +45,7 @@ class Program:
     module: str
     settings: Mapping[str, Any]
     ranks: int = 1
-    ours: bool = False
+    role: Literal["ours", "peer", "beside"] = "peer"
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -186,7 +186,7 @@ class Series:
 
     def as_json(self) -> dict[str, Any]:
         """A row of the JSON file."""
-        row: dict[str, Any] = {"name": self.program.name, "ours": self.program.ours, "ranks": self.program.ranks, **self.about}
+        row: dict[str, Any] = {"name": self.program.name, "role": self.program.role, "ranks": self.program.ranks, **self.about}
         row |= {"settings": dict(self.program.settings), "variables": dict(self.program.variables)}
         if self.failure is not None:
             return {**row, "not_run": self.failure}

@@ -8,8 +8,8 @@ The work is benchmarks/workload.py in bf16 with fp32 main weights, one thread a 
     dp2   half of the batch each; the peers with and without their sharded optimizers
     pp2   half of the layers each, micro-batches of two sequences
 
-megatron-core runs on the CPU through benchmarks/peers/cuda_on_cpu.py, over gloo. Each peer's fastest configuration takes
-turns with ours.
+Our step in one process with two threads takes turns with the first two. megatron-core runs on the CPU through
+benchmarks/peers/cuda_on_cpu.py, over gloo. Each peer's fastest configuration takes turns with ours.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import limits
 from benchmarks.programs import Program
 from benchmarks.report import Comparison, comparison_table, save
-from benchmarks.train_step import add_common, compare, comparisons, report
+from benchmarks.train_step import add_common, at_peak, compare, comparisons, report
 from benchmarks.workload import Workload
 
 RANKS = 2
@@ -56,6 +55,7 @@ DEEPSPEED: dict[str, dict[str, dict[str, Any]]] = {
     "dp2": {"ZeRO-1": {}, "ZeRO-1, overlap": {"overlap": True}, "ZeRO-1, compiled": {"compile": True}},
     "pp2": {},
 }
+SPLIT_EVENLY = ("tp2", "dp2")  # where no rank waits by design, as in a pipeline
 MICRO = {"tp2": 8, "dp2": 4, "pp2": 2}
 
 
@@ -65,9 +65,15 @@ def ours(layout: str, extra: Sequence[str]) -> list[Program]:
     for (name, flags), more in ((pair, more) for pair in OURS[layout].items() for more in (extra or ("",))):
         settings = {"threads": 1, "flags": ["--bf16", *flags, *shlex.split(more)]}
         made.append(
-            Program(f"ours, {name}{' ' + more if more else ''}", sys.executable, "benchmarks.ours", settings, ranks=RANKS, ours=True)
+            Program(f"ours, {name}{' ' + more if more else ''}", sys.executable, "benchmarks.ours", settings, ranks=RANKS, role="ours")
         )
     return made
+
+
+def one_process(work: Workload) -> Program:
+    """The same step in one process with a thread for each rank, which two processes should come near."""
+    settings = {"threads": RANKS, "flags": ["--bf16"], "micro": work.sequences}
+    return Program("ours, one process of 2 threads", sys.executable, "benchmarks.ours", settings, role="beside")
 
 
 def peers(layout: str, folder: Path) -> dict[str, list[Program]]:
@@ -96,12 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layout in options.layout:
         work = replace(whole, micro=min(MICRO[layout], whole.sequences))
         what = f"training step, bf16, {layout.upper()}, {RANKS} processes of 1 thread"
-        peak = limits.matmul_peak(limits.DTYPES["bf16"], RANKS)
+        mine = [*ours(layout, options.ours or ()), at_peak("bf16", RANKS)]
+        if layout in SPLIT_EVENLY:
+            mine.append(one_process(work))
         groups: dict[str, list[Program]] = {} if options.no_peers else peers(layout, options.peers_dir)
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            found = compare(ours(layout, options.ours or ()), groups, work, Path(folder), steps=options.steps, rounds=options.rounds)
-        compared += comparisons("train_parallel", what, found, work, peak)
-        measured.append(report(what, found, work, peak))
+            found = compare(mine, groups, work, Path(folder), steps=options.steps, rounds=options.rounds)
+        compared += comparisons("train_parallel", what, found, work)
+        measured.append(report(what, found, work))
     print(f"\n{comparison_table(compared)}")
     if options.json is not None:
         save(options.json, "train_parallel", compared, measured=measured)

@@ -4,7 +4,8 @@
 
 The work is benchmarks/workload.py: a LLaMA of 58 million parameters, 2,048 tokens, AdamW, gradient clipping. Every
 configuration of a peer first runs alone for a few steps; the fastest of each peer and precision then takes turns with
-ours, a step each, and the medians of those steps are compared. Peers' environments: benchmarks/peers/install.sh.
+ours, a step each, and the medians of those steps are compared. So does the machine's matrix peak, of which the shares are
+(benchmarks/at_peak.py). Peers' environments: benchmarks/peers/install.sh.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import limits
 from benchmarks.programs import Program, Series, interleave
 from benchmarks.report import Comparison, comparison_table, number, save, table
 from benchmarks.workload import Workload
@@ -29,6 +29,7 @@ OURS: dict[str, tuple[str, ...]] = {
 }
 # What a peer may do its arithmetic in, where ours does it in fp32 or in bf16 with fp32 main weights.
 PRECISIONS = {"fp32": ("fp32",), "bf16": ("bf16", "autocast")}
+AT_PEAK = "benchmarks.at_peak"
 HEADS = ("program", "median, s", "min, s", "processor, s", "tokens/s", "GFLOP/s", "of peak", "times best peer", "GiB", "first losses")
 WORDS = {"fp32": "fp32", "bf16": "bf16 weights alone", "autocast": "bf16 autocast, fp32 weights"}
 
@@ -43,9 +44,20 @@ def ours(precision: str, threads: int, variants: Iterable[tuple[str, Sequence[st
     """The project's own programs."""
     kind = ["--bf16"] if precision == "bf16" else []
     return [
-        Program(f"ours, {name}", sys.executable, "benchmarks.ours", {"threads": threads, "flags": [*kind, *flags]}, ours=True, **more)
+        Program(f"ours, {name}", sys.executable, "benchmarks.ours", {"threads": threads, "flags": [*kind, *flags]}, role="ours", **more)
         for name, flags in variants
     ]
+
+
+def at_peak(precision: str, threads: int) -> Program:
+    """The machine's matrix peak, in turns with the others."""
+    settings = {"threads": threads, "precision": precision}
+    return Program("matrix products alone", sys.executable, AT_PEAK, settings, role="beside")
+
+
+def peak_of(found: Sequence[Series]) -> float | None:
+    """FLOP/s of the machine's matrix peak in the rounds of the others, by its median turn; None when it did not run."""
+    return next((series.about["flops"] / series.median for series in found if series.program.module == AT_PEAK and series.seconds), None)
 
 
 def peer_configurations(precision: str, threads: int, folder: Path, *, everything: bool) -> dict[str, list[Program]]:
@@ -90,9 +102,9 @@ def compare(
     return found
 
 
-def comparisons(part: str, what: str, found: Sequence[Series], work: Workload, peak: float | None) -> list[Comparison]:
-    """Our fastest beside each peer."""
-    mine = min((series for series in found if series.program.ours), key=lambda series: series.median)
+def comparisons(part: str, what: str, found: Sequence[Series], work: Workload) -> list[Comparison]:
+    """Our fastest beside each peer, and beside what else of ours is the work in another way."""
+    mine, peak = min((series for series in found if series.program.role == "ours"), key=lambda series: series.median), peak_of(found)
     share = work.flops / mine.median / peak if peak and mine.seconds else None
     return [
         Comparison(
@@ -106,36 +118,25 @@ def comparisons(part: str, what: str, found: Sequence[Series], work: Workload, p
             not_run=series.failure or mine.failure,
         )
         for series in found
-        if not series.program.ours
+        if series.program.role != "ours" and series.program.module != AT_PEAK
     ]
 
 
-def series_table(found: Sequence[Series], work: Workload, peak: float | None) -> str:
+def series_table(found: Sequence[Series], work: Workload) -> str:
     """Every program: median, fastest, processor time, speed, share of the peak, memory, losses."""
-    best = min((series.median for series in found if not series.program.ours), default=float("inf"))
+    peak = peak_of(found)
+    best = min((series.median for series in found if series.program.role == "peer"), default=float("inf"))
     rows = []
     for series in found:
         if series.failure is not None:
             rows.append([series.program.name, f"not run: {series.failure}", *[""] * 8])
             continue
-        rate = work.flops / series.median
+        rate = series.about.get("flops", work.flops) / series.median
         losses = ", ".join(f"{loss:.2f}" for loss in series.first_losses if loss is not None)
         cells = [series.median, min(series.seconds), min(series.cpu), work.tokens / series.median, rate / 1e9]
         rows.append([series.program.name, *map(number, cells), f"{rate / peak:.0%}" if peak else "-"])
         rows[-1] += [number(best / series.median), number((series.peak_memory or 0) / 2**30), losses]
-    heads = (
-        "program",
-        "median, s",
-        "min, s",
-        "processor, s",
-        "tokens/s",
-        "GFLOP/s",
-        "of the peak",
-        "times best peer",
-        "GiB",
-        "first losses",
-    )
-    return table(heads, rows)
+    return table(HEADS, rows)
 
 
 def require_equal_models(found: Sequence[Series], work: Workload) -> None:
@@ -177,21 +178,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     for precision, threads in itertools.product(options.precision, options.threads):
         what = f"training step, {precision}, {threads} thread{'s' if threads > 1 else ''}"
         peers = {} if options.no_peers else peer_configurations(precision, threads, options.peers_dir, everything=options.everything)
-        peak = limits.matmul_peak(limits.DTYPES[precision], threads)
+        mine = [*ours(precision, threads, variants), at_peak(precision, threads)]
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            found = compare(ours(precision, threads, variants), peers, work, Path(folder), steps=options.steps, rounds=options.rounds)
-        compared += comparisons("train_step", what, found, work, peak)
-        measured.append(report(what, found, work, peak))
+            found = compare(mine, peers, work, Path(folder), steps=options.steps, rounds=options.rounds)
+        compared += comparisons("train_step", what, found, work)
+        measured.append(report(what, found, work))
     print(f"\n{comparison_table(compared)}")
     if options.json is not None:
         save(options.json, "train_step", compared, measured=measured)
 
 
-def report(what: str, found: Sequence[Series], work: Workload, peak: float) -> dict[str, Any]:
+def report(what: str, found: Sequence[Series], work: Workload) -> dict[str, Any]:
     """Print the table of one case, and give what the JSON file holds of it."""
-    print(f"\n### {what}; peak {peak / 1e9:.0f} GFLOP/s, {work.flops / 1e9:.0f} GFLOP a step\n")
-    print(series_table(found, work, peak), flush=True)
-    return {"what": what, "peak_flops": peak, "step_flops": work.flops, "series": [series.as_json() for series in found]}
+    peak = peak_of(found)
+    moment = next((series.about["fastest_flops_per_s"] for series in found if series.program.module == AT_PEAK and series.about), 0.0)
+    words = f"peak {number(peak and peak / 1e9)} GFLOP/s in the same rounds and {number(moment / 1e9)} at its best moment before"
+    print(f"\n### {what}; {words}, {work.flops / 1e9:.0f} GFLOP a step\n")
+    print(series_table(found, work), flush=True)
+    return {
+        "what": what,
+        "peak_flops": peak,
+        "peak_flops_at_best": moment,
+        "step_flops": work.flops,
+        "series": [series.as_json() for series in found],
+    }
 
 
 if __name__ == "__main__":

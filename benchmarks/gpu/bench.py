@@ -63,7 +63,7 @@ def programs(device: str, *, tiny: bool) -> list[Program]:
     """The configurations, the anchor first, then by how much they tell: time may run out. `tiny`: a few, without compilation."""
     settings = {"device": device, "threads": 1 if tiny else 4, "warmup": 1 if tiny else 3}
     own = [
-        Program(f"ours, {name}", sys.executable, "benchmarks.gpu.ours", {**settings, "flags": ["--bf16", *flags]}, ours=True)
+        Program(f"ours, {name}", sys.executable, "benchmarks.gpu.ours", {**settings, "flags": ["--bf16", *flags]}, role="ours")
         for name, flags in (TINY_OURS if tiny else OURS).items()
     ]
     # It keeps every attention score, which takes the memory of two.

@@ -35,7 +35,7 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """A row of the JSON file."""
-        row = {"name": self.program.name, "ours": self.program.ours, "settings": dict(self.program.settings), **self.about}
+        row = {"name": self.program.name, "role": self.program.role, "settings": dict(self.program.settings), **self.about}
         if self.not_run is not None:
             return {**row, "not_run": self.not_run}
         return {**row, "median_s": self.median, "seconds": self.seconds, "anchor_s": self.anchor_s}

@@ -129,7 +129,7 @@ static void swiglu(const SwiGlu& work, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < work.columns; i += kLanes) {
       const int64_t left = work.columns - i;
       const Floats gate = load_some<Type>(gates + i, left), up = load_some<Type>(ups + i, left);
-      store_some<Type>(out + i, left, gate * up / (exponential(-gate) + 1.0f));
+      store_some<Type>(out + i, left, gate * up * inverse(exponential(-gate) + 1.0f));
     }
   }
 }
@@ -147,7 +147,7 @@ static void swiglu_backward(const SwiGlu& work, int64_t begin, int64_t end) {
       const int64_t left = work.columns - i;
       const Floats gate = load_some<Type>(gates + i, left), up = load_some<Type>(ups + i, left);
       const Floats grad = load_some<Type>(grads + i, left);
-      const Floats sigmoid = 1.0f / (exponential(-gate) + 1.0f), silu = gate * sigmoid;
+      const Floats sigmoid = inverse(exponential(-gate) + 1.0f), silu = gate * sigmoid;
       store_some<Type>(to_up + i, left, grad * silu);
       store_some<Type>(to_gate + i, left, grad * up * (sigmoid + silu * (1.0f - sigmoid)));
     }

@@ -80,18 +80,11 @@ void accumulate_(at::Tensor& total, const at::Tensor& addend, bool overwrite) {
   const Element type = element_of(addend, "the addend");
   const int64_t size = addend.element_size();
   const auto* from = static_cast<const char*>(addend.const_data_ptr());
-  // Of contiguous tensors torch copies, and adds fp32, at the memory's speed.
+  // Copies, and sums of fp32, are at the memory's speed in torch.
   if (total.is_contiguous() && addend.is_contiguous() && !overwrite && type != kFloat32) {
     float* to = total.mutable_data_ptr<float>();
     const auto run = table().accumulate[type];
     in_units(total.numel(), 8 + size, [&](int64_t begin, int64_t end) { run(to + begin, from + begin * size, end - begin); });
-  } else if (total.is_contiguous() && !addend.is_contiguous() && total.dim() == 2 && addend.stride(0) == 1 && total.numel() > 0) {
-    float* to = total.mutable_data_ptr<float>();
-    const auto run = table().accumulate_transposed[type];
-    const int64_t columns = total.size(1), stride = addend.stride(1), units = (total.size(0) + kUnit - 1) / kUnit;
-    at::parallel_for(0, units, std::max<int64_t>(1, kGrainBytes / (kUnit * columns * (8 + size))), [&](int64_t begin, int64_t end) {
-      run(to, from, columns, stride, begin * kUnit, std::min(total.size(0), end * kUnit), overwrite);
-    });
   } else if (overwrite) {
     total.copy_(addend);
   } else {

@@ -147,9 +147,6 @@ struct Table {
   // [type of the gradient][type of the rounded copy; kFloat32: there is none]
   void (*adamw[kElements][kElements])(const AdamW&, int64_t begin, int64_t end);
   void (*accumulate[kElements])(float* total, const void* addend, int64_t count);
-  // total [rows, columns] from addend[column * stride + row], rows [begin, end)
-  void (*accumulate_transposed[kElements])(
-      float* total, const void* addend, int64_t columns, int64_t stride, int64_t begin, int64_t end, bool overwrite);
   void (*rms_norm[kElements])(const RmsNorm&, int64_t begin, int64_t end);
   void (*rms_norm_backward[kElements])(const RmsNorm&, int64_t begin, int64_t end);  // of blocks
   void (*rotary[kElements])(const Rotary&, int64_t begin, int64_t end);  // of tokens

@@ -58,6 +58,16 @@ INLINE Floats square_root(Floats x) {
 #endif
 }
 
+// 1 / x of normal x whose inverse is normal, within 1 unit in the last place; of an x whose inverse is not, 0 or that inverse.
+INLINE Floats inverse(Floats x) {
+#if MEGATRON_LLM_LANES == 16
+  const Floats near = _mm512_rcp14_ps(x);
+  return multiply_add(near, multiply_add(-x, near, all(1.0f)), near);
+#else
+  return 1.0f / x;
+#endif
+}
+
 INLINE float sum_of(Floats x) {
   float lanes[kLanes];
   __builtin_memcpy(lanes, &x, sizeof(x));
@@ -115,7 +125,8 @@ INLINE Shorts load_shorts(const uint16_t* from) {
   return result;
 }
 
-struct BFloat16 {
+// Rounds as torch does, subnormal numbers too: for weights, whose copies in 16 bits come from both.
+struct ExactBFloat16 {
   using Stored = uint16_t;
   INLINE Floats load_vector(const uint16_t* from) {
     return bits_as<Floats>(__builtin_convertvector(load_shorts(from), Words) << 16);
@@ -128,6 +139,16 @@ struct BFloat16 {
     const Shorts stored = __builtin_convertvector(value == value ? rounded : nan, Shorts);
     __builtin_memcpy(to, &stored, sizeof(stored));
   }
+};
+
+// Rounds in one instruction where there is one, which makes numbers below 1.2e-38, fp32's smallest normal one, zero.
+struct BFloat16 : ExactBFloat16 {
+#ifdef MEGATRON_LLM_BF16_PRODUCTS
+  INLINE void store_vector(uint16_t* to, Floats value) {
+    const __m256bh stored = _mm512_cvtneps_pbh(value);
+    __builtin_memcpy(to, &stored, sizeof(stored));
+  }
+#endif
 };
 
 INLINE Floats widen_halves(Shorts halves) {

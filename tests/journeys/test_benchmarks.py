@@ -42,7 +42,7 @@ def fake(folder: Path, name: str, **settings: object) -> Program:
     """A program that notes its turns in the file `order`."""
     (folder / "fake_program.py").write_text(FAKE)
     chosen = {"threads": 1, "name": name, "order": str(folder / "order"), **settings}
-    return Program(name, sys.executable, "fake_program", chosen, ours=name == "a")
+    return Program(name, sys.executable, "fake_program", chosen, role="ours" if name == "a" else "peer")
 
 
 def test_programs_take_turns_and_failures_keep_their_reason(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_programs_take_turns_and_failures_keep_their_reason(tmp_path: Path) -> N
     assert found[2].failure == "ValueError: no such device"
     assert "no environment at" in str(found[3].failure)
     assert found[0].first_losses == [1.5, 1.5]
-    rows = comparisons("part", "work", found, TINY, 1e9)
+    rows = comparisons("part", "work", found, TINY)
     assert [row.ratio is not None for row in rows] == [True, False, False]
     assert comparison_table(rows).count("not run: ") == 2
 
@@ -76,13 +76,14 @@ def test_the_workload_is_what_the_project_computes() -> None:
     assert rows == [dataset[index].tokens.tolist() for index in range(4)]
 
 
-def test_ours_alone_writes_a_stamped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(limits, "matmul_peak", lambda dtype, count: 1e9)
+def test_ours_alone_writes_a_stamped_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "step.json"
     work = ["--work", TINY.to_json(), "--rounds", "2", "--no-peers", "--json", str(path)]
     train_step.main(["--precision", "fp32", "--threads", "1", "--ours", "", *work])
     document = json.loads(path.read_text())
-    (series,) = document["measured"][0]["series"]
+    series, peak = document["measured"][0]["series"]
+    assert peak["name"] == "matrix products alone" and document["measured"][0]["peak_flops"] == peak["flops"] / peak["median_s"] > 0
+    assert document["comparisons"] == []  # without a peer there is nothing to compare with
     assert series["parameters"] == TINY.parameters
     first, last = series["first_losses"][0], series["first_losses"][-1]
     assert last < first < math.log(TINY.vocabulary) + 0.2
@@ -93,12 +94,14 @@ def test_ours_alone_writes_a_stamped_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     two = train_parallel.ours("tp2", ())[0]
-    one = Program("one", sys.executable, "benchmarks.ours", {"threads": 1, "flags": ["--bf16"]}, ours=True)
+    one = train_parallel.one_process(TINY)
     found = interleave([one, two], TINY, rounds=1, warmup=3, folder=tmp_path, say=lambda line: None)
     assert [series.failure for series in found] == [None, None]
     single, split = ([loss for loss in series.first_losses if loss is not None] for series in found)
     assert split == pytest.approx(single, rel=2e-3)
     require_equal_models(found, TINY)
+    (row,) = comparisons("part", "work", found, TINY)
+    assert row.peer == "ours, one process of 2 threads" and row.ratio == found[0].median / found[1].median and row.share is None
 
 
 def test_every_peer_is_tried_in_every_precision(tmp_path: Path) -> None:
