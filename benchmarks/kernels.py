@@ -17,12 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llm.kernels import fused, native, reference
 from megatron_llm.kernels.attention import attention
-from megatron_llm.parallel.deferred import DeferredGradients, linear
 from megatron_llm.utils.allocator import huge_pages_for_heap, keep_freed_memory
 from megatron_llm.utils.errors import UserError, run_command
 
@@ -102,28 +100,13 @@ def layer_cases(dtype: torch.dtype) -> list[Case]:
     turned = random(BATCH, HEADS, SEQUENCE, HEAD).permute(2, 0, 1, 3)  # as attention returns it
     projected = [random(*tokens, HEADS, HEAD).permute(1, 2, 0, 3).requires_grad_() for _ in range(3)]
     mixed = random(*tokens, HEADS, HEAD).permute(1, 2, 0, 3)
-    cases = [
+    return [
         Case("rms_norm", fused.rms_norm, reference.rms_norm, norm, random(*tokens, HIDDEN)),
         Case("rotary", fused.rotary, reference.rotary, (heads, *tables), turned),
         Case("rotary_interleaved", fused.rotary_interleaved, reference.rotary_interleaved, (heads, *tables), turned),
         Case("attention", attention, reference.attention, (*projected, None, 0.0), mixed),
         Case("swiglu", fused.swiglu, reference.swiglu, (wide,), random(*tokens, FFN)),
     ]
-    if dtype == torch.float32:  # the only type that has a product of ours
-        for name, features, into in (
-            ("qkv", HIDDEN, 3 * HIDDEN),
-            ("out", HIDDEN, HIDDEN),
-            ("gate and up", HIDDEN, 2 * FFN),
-            ("down", FFN, HIDDEN),
-        ):
-            layer = (random(*tokens, features).requires_grad_(), random(into, features).requires_grad_())
-            cases.append(Case(f"linear {name}", own_linear, F.linear, layer, random(*tokens, into)))
-    return cases
-
-
-def own_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear layer by the C++ product."""
-    return linear(x, weight, None, DeferredGradients(), "fused")
 
 
 def run_once(form: Callable[..., object], case: Case, clock: Callable[[], float]) -> float:

@@ -51,14 +51,6 @@ std::atomic<const Table*>& current() {
 
 const Table& table() { return *current().load(std::memory_order_relaxed); }
 
-bool multiplies_faster() {
-#ifdef MEGATRON_LLM_X86_VARIANTS
-  return __builtin_cpu_is("amd") && std::strncmp(table().name, "avx512", 6) == 0;
-#else
-  return false;
-#endif
-}
-
 void use_table(const char* name) { current().store(find(name), std::memory_order_relaxed); }
 
 }  // namespace megatron_llm

@@ -21,7 +21,6 @@ void use_cpu_capability(const std::string& name) { use_table(name.c_str()); }
 TORCH_LIBRARY(megatron_llm, m) {
   m.def("built_for() -> str", &megatron_llm::built_for);
   m.def("cpu_capability() -> str", &megatron_llm::cpu_capability);
-  m.def("multiplies_faster() -> bool", &megatron_llm::multiplies_faster);
   m.def("use_cpu_capability(str name) -> ()", &megatron_llm::use_cpu_capability);
   m.def("softmax_statistics(Tensor logits, Tensor labels, int first, int valid) -> Tensor");
   m.def("softmax_gradient_(Tensor(a!) logits, Tensor labels, Tensor log_sum_exp, Tensor scale, int first, int valid) -> ()");
@@ -38,7 +37,6 @@ TORCH_LIBRARY(megatron_llm, m) {
   m.def(
       "causal_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum_exp, float scale) "
       "-> (Tensor, Tensor, Tensor)");
-  m.def("matrix_product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megatron_llm, CPU, m) {
@@ -53,5 +51,4 @@ TORCH_LIBRARY_IMPL(megatron_llm, CPU, m) {
   m.impl("swiglu_backward", &megatron_llm::swiglu_backward);
   m.impl("causal_attention", &megatron_llm::causal_attention);
   m.impl("causal_attention_backward", &megatron_llm::causal_attention_backward);
-  m.impl("matrix_product_", &megatron_llm::matrix_product_);
 }

@@ -60,6 +60,5 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward(
     const at::Tensor& out,
     const at::Tensor& log_sum_exp,
     double scale);
-void matrix_product_(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add);
 
 }  // namespace megatron_llm

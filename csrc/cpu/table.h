@@ -117,29 +117,6 @@ struct CausalAttention {
   int64_t scratch_backward() const { return 12 * padded * size + (5 * kAttentionBlock + 2) * padded; }
 };
 
-// Steps of the sum that both sides of a product are copied for at a time, and columns of its right side: a block of these
-// fills a quarter of a second cache of 1 MiB.
-constexpr int64_t kProductSteps = 256;
-constexpr int64_t kProductBlock = 256;
-// Rows and columns of the result that are finished together: 3.7 MB, which a third cache holds.
-constexpr int64_t kProductPartRows = 896;
-constexpr int64_t kProductPartColumns = 1024;
-
-// c = (add ? c : 0) + a b in fp32: a [rows, steps] and b [steps, columns] with any strides, rows of c contiguous.
-struct MatrixProduct {
-  const float* a;
-  int64_t a_row, a_step;
-  const float* b;
-  int64_t b_step, b_column;
-  float* c;
-  int64_t c_row;
-  int64_t steps;
-  bool add;
-
-  // Floats of scratch memory that a thread needs: both sides' copies, with room for panels that are filled up.
-  static constexpr int64_t kScratch = kProductSteps * (kProductBlock + 32 + kProductPartRows + 16);
-};
-
 struct Table {
   const char* name;
   void (*softmax_statistics[kElements])(const SoftmaxRows&, int64_t begin, int64_t end);
@@ -154,7 +131,6 @@ struct Table {
   void (*swiglu_backward[kElements])(const SwiGlu&, int64_t begin, int64_t end);
   void (*causal_attention[kElements])(const CausalAttention&, int64_t begin, int64_t end, uint32_t* scratch);
   void (*causal_attention_backward[kElements])(const CausalAttention&, int64_t begin, int64_t end, uint32_t* scratch);
-  void (*matrix_product)(const MatrixProduct&, int64_t begin, int64_t end, int64_t left, int64_t right, float* scratch);
 };
 
 const Table& baseline_table();
@@ -167,8 +143,6 @@ const Table& avx512_bf16_table();
 
 // The table in use: the best that the processor has, or what MEGATRON_LLM_CPU_CAPABILITY names.
 const Table& table();
-// Whether the product of matrices is quicker than torch's: where that is MKL, and the processor not its maker's.
-bool multiplies_faster();
 // Use another table from now on, by name; throws std::runtime_error when the processor lacks it. For tests and benchmarks.
 void use_table(const char* name);
 

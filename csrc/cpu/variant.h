@@ -14,8 +14,6 @@ namespace MEGATRON_LLM_VARIANT {
 
 #include "attention.h"
 
-#include "product.h"
-
 #define OF_EACH(kernel) {kernel<Float32>, kernel<BFloat16>, kernel<Float16>}
 
 static const Table kTable = {
@@ -33,7 +31,6 @@ static const Table kTable = {
     OF_EACH(swiglu_backward),
     OF_EACH(causal_attention),
     OF_EACH(causal_attention_backward),
-    matrix_product,
 };
 
 }  // namespace MEGATRON_LLM_VARIANT

@@ -213,23 +213,6 @@ INLINE Ints alternate_mask(int start) {
   return mask;
 }
 
-// kLanes vectors as the rows of a matrix, to the vectors that are its columns: each round of interleaving the first half
-// with the second turns one bit of the place.
-INLINE void transpose(Floats (&rows)[kLanes]) {
-  const Ints low = interleave_mask(0), high = interleave_mask(kLanes / 2);
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    Floats turned[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
-  }
-}
-
 // The first `count` < kLanes elements; the other lanes are `rest`. The arithmetic on them is the whole vectors'.
 template <typename Type>
 INLINE Floats load_part(const typename Type::Stored* from, int64_t count, float rest) {

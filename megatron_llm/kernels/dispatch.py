@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_llm.kernels import fused, native, reference
 from megatron_llm.kernels.attention import attention
-from megatron_llm.kernels.products import Products
+from megatron_llm.kernels.products import Products, onednn_multiplies_faster
 from megatron_llm.utils.errors import UserError
 
 
@@ -107,7 +107,7 @@ def _native_kernels() -> Kernels:
     chosen = replace(
         torch_kernels(),
         name="fused",
-        products="fused" if native.multiplies_faster() else "torch",
+        products="onednn" if onednn_multiplies_faster() else "torch",
         attention=attention,
         rms_norm=fused.rms_norm,
         rotary=fused.rotary,

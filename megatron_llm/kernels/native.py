@@ -26,7 +26,6 @@ OPERATORS = (
     "swiglu_backward",
     "causal_attention",
     "causal_attention_backward",
-    "matrix_product_",
 )
 
 
@@ -63,11 +62,6 @@ def capability() -> str:
     return str(torch.ops.megatron_llm.cpu_capability())
 
 
-def multiplies_faster() -> bool:
-    """Whether `matrix_product_` is quicker than torch's product of large fp32 matrices on this processor."""
-    return bool(torch.ops.megatron_llm.multiplies_faster())
-
-
 def use_capability(name: str) -> None:
     """Use another instruction set from now on, in this process; UserError when the processor lacks it."""
     try:
@@ -90,10 +84,6 @@ def _register_fakes() -> None:
 
     @fake("megatron_llm::adamw_")
     def _(*arguments: object) -> None:
-        return None
-
-    @fake("megatron_llm::matrix_product_")
-    def _(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         return None
 
     @fake("megatron_llm::accumulate_")

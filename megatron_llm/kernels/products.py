@@ -1,10 +1,12 @@
 """Which arithmetic multiplies matrices, and the three products of a linear layer in it: forward, input's, weight's gradient.
 
-`torch` leaves them to torch. `fp8` rounds both sides to 8 bits (`kernels.fp8`). `fused` takes the C++ product of csrc/cpu/ for
-large fp32 matrices and torch for all else: on AMD processors with AVX-512, torch's own library computes with narrower
-vectors than the processor has. In bf16 it does not, and so there is no product of ours for that.
+`torch` leaves them to torch. `fp8` rounds both sides to 8 bits (`kernels.fp8`). `onednn` takes, for large fp32 matrices on the
+CPU, the other of torch's two libraries: torch multiplies fp32 by MKL, which on AMD processors with AVX-512 computes with
+narrower vectors than they have. In bf16 torch itself takes oneDNN.
 """
 
+import functools
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,44 +16,59 @@ from torch import Tensor
 from megatron_llm.kernels import fp8
 from megatron_llm.kernels.fp8 import E5M2, Scaled, scaled
 
-Products = Literal["torch", "fused", "fp8"]
+Products = Literal["torch", "onednn", "fp8"]
 
-# Multiplications from which on the C++ product is ahead of torch's: below, copying both sides weighs too much.
+# Multiplications from which on oneDNN is ahead: below, what it does before each product weighs too much.
 _LARGE = 2**24
+
+
+@functools.cache
+def onednn_multiplies_faster() -> bool:
+    """Whether oneDNN is quicker than MKL at large fp32 matrices on this processor: an AMD one with AVX-512."""
+    processor = Path("/proc/cpuinfo")
+    maker = processor.read_text() if processor.exists() else ""
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
 def multiply(a: Tensor, b: Tensor, products: Products) -> Tensor:
     """a b of `a` [M, K] and `b` [K, N], in one of the arithmetics that round nothing but the result."""
-    if products == "fused" and _is_ours(a, a.shape[0] * a.shape[1] * b.shape[1]):
-        return multiply_into(a.new_empty((a.shape[0], b.shape[1])), a, b, products)
+    if products == "onednn" and _is_onednns(a, a.shape[0] * a.shape[1] * b.shape[1]):
+        return _by_onednn(a, b.t(), None)
     return a @ b
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, products: Products, *, add: bool = False) -> Tensor:
     """`out` [M, N] = a b, or with `add` the sum of both; returned."""
-    if products == "fused" and _is_ours(a, a.shape[0] * a.shape[1] * b.shape[1]):
-        torch.ops.megatron_llm.matrix_product_(out, a, b, add)
-        return out
-    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if add:
+        return out.addmm_(a, b)
+    if products == "onednn" and _is_onednns(a, a.shape[0] * a.shape[1] * b.shape[1]):
+        return out.copy_(_by_onednn(a, b.t(), None))  # it has no form that writes into a tensor
+    return torch.mm(a, b, out=out)
 
 
-def _is_ours(a: Tensor, multiplications: int) -> bool:
-    return a.dtype == torch.float32 and multiplications >= _LARGE and not torch.compiler.is_compiling()
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of `x` [..., K] and `weight` [N, K] by the operator that torch's compiler has for it; without a gradient."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _is_onednns(a: Tensor, multiplications: int) -> bool:
+    """A left side that lies column by column, as in a weight's gradient, is MKL's: there it is the faster one."""
+    return a.dtype == torch.float32 and multiplications >= _LARGE and a.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def left_to_torch(x: Tensor, weight: Tensor, products: Products) -> bool:
     """Whether a layer of this input [..., in] and weight [out, in] is torch's, forward and backward."""
-    return products == "torch" or products == "fused" and not _is_ours(x, x.numel() * weight.shape[0])
+    return products == "torch" or products == "onednn" and not _is_onednns(x, x.numel() * weight.shape[0])
 
 
 def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
     """x W^T + b, [..., in] to [..., out]."""
     if left_to_torch(x, weight, products):
         return F.linear(x, weight, bias)
-    if products == "fp8":
-        y = fp8.forward_product(x, weight)
-    else:
-        y = multiply(x.flatten(0, -2), weight.t(), products).view(*x.shape[:-1], -1)
+    if products == "onednn":
+        return _by_onednn(x, weight, bias)
+    y = fp8.forward_product(x, weight)
     return y if bias is None else y.add_(bias)
 
 

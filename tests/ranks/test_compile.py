@@ -66,7 +66,7 @@ def check_operators(groups: ParallelGroups) -> None:
     weight = torch.randn(5, 4, requires_grad=True)
     for sequence_parallel in (False, True):
         x = torch.randn(6, 3, 4, requires_grad=True)
-        for products in ("torch", "fused", "fp8"):
+        for products in ("torch", "onednn", "fp8"):
             torch.library.opcheck(column_linear, (x, weight, groups.tp.name, sequence_parallel, products))
     torch.library.opcheck(sum_over_group, (torch.randn(6, 3, requires_grad=True), groups.tp.name))
     torch.library.opcheck(scatter_sum, (torch.randn(6, 3, requires_grad=True), groups.tp.name))
