@@ -1,16 +1,15 @@
 """Turn text files into the indexed datasets that training reads (files, formats, resuming: docs/guide/data.md)."""
 
-import argparse
-
 from megatron_llm.data.preprocess_settings import TOKENIZER_BACKENDS, TOKENIZER_TYPES, PreprocessSettings
+from megatron_llm.utils.command_line import tool_parser
 from megatron_llm.utils.errors import run_command
 
-_EXAMPLE = "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-type ByteTokenizer --append-eod"
+EXAMPLE = "python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --tokenizer-type ByteTokenizer --append-eod"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     """The settings that the command line gives."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=_EXAMPLE)
+    parser = tool_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     kinds = ".jsonl (a JSON object a line), .json (an array of objects, or as .jsonl), .txt (a document a line), each also .gz or .zst"
     add("--input", nargs="+", required=True, help=f"files, folders and glob patterns: {kinds}")
