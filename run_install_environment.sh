@@ -24,6 +24,12 @@ fail() {
     exit 1
 }
 
+# By whatever name it is given, it is the same environment.
+case $VENV in
+/*) ;;
+*) VENV=${PWD%/}/$VENV ;;
+esac
+
 # One number over everything that decides what gets installed.
 fingerprint() {
     {

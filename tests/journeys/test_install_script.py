@@ -94,6 +94,15 @@ def test_torch_comes_first_and_a_second_run_does_nothing(checkout: Checkout) -> 
     assert again.returncode == 0 and "up to date" in again.stdout and checkout.calls() == []
 
 
+def test_an_environment_is_the_same_by_a_relative_name(checkout: Checkout) -> None:
+    """`make` says .venv and other scripts say the whole path: none of them installs what the other has installed."""
+    absolute = checkout.folder / ".venv"
+    assert checkout.run(VENV=str(absolute).lstrip("/")).returncode == 0 and (absolute / ".installed").exists()
+    checkout.calls()
+    for name in (str(absolute), str(absolute).lstrip("/")):
+        assert "up to date" in checkout.run(VENV=name).stdout and checkout.calls() == []
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "csrc/index.cpp", "requirements/lock.txt"])
 def test_a_change_of_what_it_installs_from_installs_again(checkout: Checkout, name: str) -> None:
     checkout.run()
