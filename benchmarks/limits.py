@@ -65,7 +65,7 @@ class Product:
 
 def fastest_product(dtype: torch.dtype, *, seconds: float = 0.5, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Product:
     """The product with the most FLOP/s of any of the shapes, the right side by rows and as a linear layer has it, by columns."""
-    found = []
+    best: Product | None = None
     for rows, inner, columns in shapes:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
         linear_right = right.t().contiguous().t()
@@ -73,8 +73,10 @@ def fastest_product(dtype: torch.dtype, *, seconds: float = 0.5, shapes: Sequenc
         flops = 2.0 * rows * inner * columns
         for other in (right, linear_right):
             multiply = partial(torch.mm, left, other, out=out)
-            found.append(Product(multiply, flops, flops / best_seconds(multiply, seconds)))
-    return max(found, key=lambda product: product.rate)
+            product = Product(multiply, flops, flops / best_seconds(multiply, seconds))
+            best = product if best is None or product.rate > best.rate else best
+    assert best is not None, "there are shapes"
+    return best
 
 
 def matmul_peak(dtype: torch.dtype, count: int, *, seconds: float = 0.5, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> float:

@@ -36,7 +36,7 @@ class Program:
     module     what is run with -m; it speaks benchmarks/protocol.py
     settings   handed to it as JSON
     ranks      processes
-    role       "ours": the project's own, to be compared with the best of the "peer"s; "beside": shown in the table alone
+    role       "ours": the project's own, to be compared with the best of the "peer"s; "beside": neither
     variables  environment beyond the driver's
     """
 

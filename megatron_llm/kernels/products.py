@@ -5,7 +5,6 @@ CPU, the other of torch's two libraries: torch multiplies fp32 by MKL, which on 
 narrower vectors than they have. In bf16 torch itself takes oneDNN.
 """
 
-import functools
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,6 @@ Products = Literal["torch", "onednn", "fp8"]
 _LARGE = 2**24
 
 
-@functools.cache
 def onednn_multiplies_faster() -> bool:
     """Whether oneDNN is quicker than MKL at large fp32 matrices on this processor: an AMD one with AVX-512."""
     processor = Path("/proc/cpuinfo")
@@ -32,7 +30,7 @@ def onednn_multiplies_faster() -> bool:
 
 def multiply(a: Tensor, b: Tensor, products: Products) -> Tensor:
     """a b of `a` [M, K] and `b` [K, N], in one of the arithmetics that round nothing but the result."""
-    if products == "onednn" and _is_onednns(a, a.shape[0] * a.shape[1] * b.shape[1]):
+    if _is_onednns(a, b.shape[1], products):
         return _by_onednn(a, b.t(), None)
     return a @ b
 
@@ -41,7 +39,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, products: Products, *, add:
     """`out` [M, N] = a b, or with `add` the sum of both; returned."""
     if add:
         return out.addmm_(a, b)
-    if products == "onednn" and _is_onednns(a, a.shape[0] * a.shape[1] * b.shape[1]):
+    if _is_onednns(a, b.shape[1], products):
         return out.copy_(_by_onednn(a, b.t(), None))  # it has no form that writes into a tensor
     return torch.mm(a, b, out=out)
 
@@ -52,14 +50,16 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _is_onednns(a: Tensor, multiplications: int) -> bool:
-    """A left side that lies column by column, as in a weight's gradient, is MKL's: there it is the faster one."""
-    return a.dtype == torch.float32 and multiplications >= _LARGE and a.is_contiguous() and not torch.compiler.is_compiling()
+def _is_onednns(a: Tensor, columns: int, products: Products) -> bool:
+    """Whether `a` [..., K] times [K, columns] is oneDNN's: a large product in fp32 of a left side that lies row by row. Where
+    it lies column by column, as in a weight's gradient, MKL is the faster one."""
+    large = a.dtype == torch.float32 and a.numel() * columns >= _LARGE and a.is_contiguous()
+    return products == "onednn" and large and not torch.compiler.is_compiling()
 
 
 def left_to_torch(x: Tensor, weight: Tensor, products: Products) -> bool:
     """Whether a layer of this input [..., in] and weight [out, in] is torch's, forward and backward."""
-    return products == "torch" or products == "onednn" and not _is_onednns(x, x.numel() * weight.shape[0])
+    return products != "fp8" and not _is_onednns(x, weight.shape[0], products)
 
 
 def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, products: Products) -> Tensor:
